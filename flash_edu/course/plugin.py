@@ -1,0 +1,102 @@
+"""The pytest plugin of a check: picks the claims asked for, and writes what becomes of each as JSON lines."""
+import faulthandler
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+from flash_edu.course.answers import answer_folder
+from flash_edu.course.explain import Places, explain
+from flash_edu.course.report import NOT_RUN, PASS
+
+MOST_PRINTED_LINES = 10
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, help="the file that events are appended to")
+    parser.addoption("--only", help="exercises, as 4.1,4.2")
+    parser.addoption("--seconds", type=float, help="end Python if the tests take longer")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Recorder(config), "flash_edu_recorder")
+
+
+def exercise_of(item) -> str | None:
+    mark = item.get_closest_marker("exercise")
+    return mark.args[0] if mark and mark.args else None
+
+
+def claim_of(item) -> str:
+    """The first line of the docstring; a parametrised test is one claim."""
+    text = inspect.getdoc(item.function)
+    name = item.originalname.removeprefix("test_").replace("_", " ")
+    return text.splitlines()[0].rstrip(".") if text else name
+
+
+class Recorder:
+    def __init__(self, config):
+        self.path = config.getoption("results")
+        self.only = config.getoption("only").split(",")
+        self.seconds = config.getoption("seconds")
+        self.failed = set()
+        self.stack = self.path.with_suffix(".stack").open("w")
+        self.places = Places(answer_folder(config.getoption("--target"), config.rootpath), config.rootpath)
+
+    def write(self, event, **data):
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **data}) + "\n")
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.write("broken", message=self.places.clean(report.longreprtext))
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if exercise_of(item) in self.only]
+        for item in items:
+            self.write("found", exercise=exercise_of(item), claim=claim_of(item))
+
+    def pytest_collection_finish(self):
+        # A clock that runs in C: it also ends code that never returns to Python, and says where that was.
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=self.stack)
+
+    def pytest_unconfigure(self):
+        faulthandler.cancel_dump_traceback_later()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        self.write("start", exercise=exercise_of(item), claim=claim_of(item))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pyfunc_call(self, pyfuncitem):
+        # One input that fails settles a claim, and only the first is shown: the others need not run.
+        return True if (exercise_of(pyfuncitem), claim_of(pyfuncitem)) in self.failed else None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        claim = exercise_of(item), claim_of(item)
+        if claim not in self.failed and (call.when == "call" or call.excinfo):
+            status, message = self.outcome(call, report)
+            told = {"status": status, "message": message, "loading": call.when == "setup"}
+            self.write("end", exercise=claim[0], claim=claim[1], **told)
+            if status != PASS:
+                self.failed.add(claim)
+        return report
+
+    def outcome(self, call, report):
+        if call.excinfo is None:
+            return PASS, ""
+        if report.skipped:
+            return NOT_RUN, str(call.excinfo.value)
+        status, message = explain(call.excinfo.value, self.places)
+        return status, message + _printed(report.capstdout)
+
+
+def _printed(text: str) -> str:
+    lines = text.strip().splitlines()
+    if not lines:
+        return ""
+    shown = lines[-MOST_PRINTED_LINES:]
+    return "\nYour code printed:\n" + "\n".join(f"    {line[:200]}" for line in shown)

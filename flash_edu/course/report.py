@@ -1,0 +1,147 @@
+"""What a check found, and how it is shown: a box in a notebook, colours in a terminal, text elsewhere."""
+import html
+import sys
+from dataclasses import dataclass
+
+from flash_edu.course.manifest import Exercise
+
+PASS, FAIL, ERROR, UNWRITTEN, NOT_RUN = "pass", "fail", "error", "unwritten", "not run"
+LABELS = {PASS: "pass", FAIL: "FAIL", ERROR: "FAIL", UNWRITTEN: "todo", NOT_RUN: "----"}
+
+# Middle tones: at least 3 : 1 against both a white and a black page (tests/course computes it).
+COLOURS = {"green": "#2a9d4a", "red": "#e0524d", "amber": "#b97a00"}
+_COLOUR_OF = {PASS: "green", FAIL: "red", ERROR: "red", UNWRITTEN: "amber", NOT_RUN: "amber"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that a right answer does, in the learner's language, and whether this answer does it."""
+
+    text: str
+    status: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One exercise with its claims."""
+
+    exercise: Exercise
+    claims: tuple[Claim, ...]
+
+    @property
+    def status(self) -> str:
+        """The status that matters most: a failure before an unwritten line, that before a pass."""
+        found = {claim.status for claim in self.claims}
+        return next((status for status in (ERROR, FAIL, UNWRITTEN, NOT_RUN) if status in found), PASS)
+
+
+@dataclass(frozen=True)
+class Line:
+    text: str
+    label: str = ""  # shown in `colour`, before the text
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one check says. `problem` is what kept claims from being judged at all."""
+
+    results: tuple[Result, ...] = ()
+    problem: str = ""
+    advice: str = ""  # the last line: what to do next
+
+    @property
+    def passed(self) -> bool:
+        return not self.problem and {result.status for result in self.results} == {PASS}
+
+    @property
+    def colour(self) -> str:
+        statuses = {result.status for result in self.results}
+        if self.problem or statuses & {FAIL, ERROR}:
+            return "red"
+        return "green" if self.passed else "amber"
+
+    def lines(self) -> list[Line]:
+        lines = [Line(text) for text in self.problem.splitlines()]
+        for result in self.results:
+            # A whole chapter is a long list, so there only the exercises that went wrong are opened.
+            brief = len(self.results) > 1 and result.status not in (FAIL, ERROR)
+            lines += _summary(result) if brief else _details(result)
+        return lines + [Line(text) for text in self.advice.splitlines()]
+
+    def text(self) -> str:
+        return "\n".join(line.label + line.text for line in self.lines())
+
+    def html(self) -> str:
+        """Reads as plain preformatted text where styles are stripped, as on GitHub."""
+        body = "\n".join(_html_line(line) for line in self.lines())
+        box = f"border-left: 4px solid {COLOURS[self.colour]}; padding: 2px 0 2px 12px"
+        return f'<div style="{box}"><pre style="margin: 0; white-space: pre-wrap">{body}</pre></div>'
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        return {"text/plain": self.text(), "text/html": self.html()}
+
+    def show(self) -> None:
+        """In a notebook a box, in a terminal colours, in a file or a pipe text."""
+        if _in_notebook():
+            from IPython.display import display
+
+            display(self)
+        elif sys.stdout.isatty():
+            _print_coloured(self.lines())
+        else:
+            print(self.text())
+
+
+def _summary(result: Result) -> list[Line]:
+    messages = dict.fromkeys(claim.message for claim in result.claims if claim.message)  # each once
+    lines = [Line(" " * 6 + text) for message in messages for text in message.splitlines()]
+    return [Line(_title(result), f"{LABELS[result.status]}  ", _COLOUR_OF[result.status]), *lines]
+
+
+def _title(result: Result) -> str:
+    return result.exercise.label + (": not written yet" if result.status == UNWRITTEN else "")
+
+
+def held(results: tuple[Result, ...]) -> str:
+    claims = [claim for result in results for claim in result.claims]
+    passed = sum(claim.status == PASS for claim in claims)
+    many = "All" if passed == len(claims) > 1 else f"{passed} of"
+    return f"{many} {len(claims)} claims hold"
+
+
+def _details(result: Result) -> list[Line]:
+    lines = [Line(_title(result))]
+    said = set()
+    for claim in result.claims:
+        lines.append(Line(claim.text, f"  {LABELS[claim.status]}  ", _COLOUR_OF[claim.status]))
+        message = "as above" if claim.message in said else claim.message
+        said.add(claim.message)
+        lines += [Line(" " * 8 + text) for text in message.splitlines()] if claim.message else []
+    return lines
+
+
+def _html_line(line: Line) -> str:
+    text = html.escape(line.text)
+    if not line.label:
+        return text
+    return f'<b style="color: {COLOURS[line.colour]}">{html.escape(line.label)}</b>{text}'
+
+
+def _in_notebook() -> bool:
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
+def _print_coloured(lines: list[Line]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line in lines:
+        styled = (line.label, f"bold {COLOURS[line.colour]}") if line.label else ""
+        console.print(Text.assemble(styled, line.text), soft_wrap=True)

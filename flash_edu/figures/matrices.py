@@ -1,0 +1,281 @@
+"""Pictures of matrices: which tiles were visited, what the weights are, where an answer is wrong."""
+
+import itertools
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from flash_edu.figures.style import ALARM, HATCH, INK, QUIET, TINTS, drawn, no_frame, picture, readable_on
+from flash_edu.figures.trace import Rows, Trace, row_axis
+
+_CAUSAL = {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))}
+# Keeps a number legible where the mask's edge crosses it.
+_HALO = [withStroke(linewidth=2.2, foreground="#FFFFFFB0")]
+_SPECTRUM = colormaps["YlGnBu"]
+
+
+@drawn
+def tile_walk(
+    trace: Trace | list[tuple[Rows, Rows]],
+    nq: int,
+    nk: int,
+    *,
+    causal: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """The score matrix, queries down and keys across: which tiles were visited, and in what order.
+
+    `trace` is a Trace or what its `tiles()` returns. Numbers count visits; hatched tiles were skipped. In the
+    trace of a Triton kernel every program has its own colour and counts for itself. Of several heads, the
+    first is drawn.
+    """
+    walks = first_head_walks(trace)
+    fig = picture(layout=None)
+    ax = _matrix_axes(fig, nq, nk)
+    visited, tiles = draw_walks(ax, walks, nq, nk, causal=causal)
+    ax.set(xlabel="key (row of K)", ylabel="query (row of Q)")
+    fig.text(0.02, 0.965, title or f"{visited} of {_count(tiles, 'tile')} visited", va="top", fontsize=11)
+    _explain_walks(ax, walks, causal, skipped=visited < tiles)
+    return fig
+
+
+def _matrix_axes(fig: Figure, nq: int, nk: int):
+    """Axes for nq rows and nk columns, as large as a legend beside them allows; squares stay squares if they can."""
+    width, height = 3.3, 2.5
+    if 1 / 5 < nq / nk < 5:
+        inch = min(width / nk, height / nq)
+        width, height = nk * inch, nq * inch
+    full_width, full_height = fig.get_size_inches()
+    width, height = width / full_width, height / full_height
+    ax = fig.add_axes((0.7 / full_width, 1 - 0.45 / full_height - height, width, height))
+    ax.set(xlim=(0, nk), ylim=(nq, 0))
+    return ax
+
+
+def first_head_walks(trace: Trace | list) -> dict[tuple, list]:
+    """{(kernel, program): tiles} of the trace's first head; a plain list of tiles is one walk."""
+    if not isinstance(trace, Trace):
+        return {(None, None): list(trace)}
+    planes = [e.plane for e in trace.events if e.name == "q" and e.kind == "load"]
+    first_head = [e for e in trace.events if e.name != "q" or e.plane in (None, planes[0])]
+    walks = Trace(first_head).walks()
+    kernels = list(dict.fromkeys(kernel for kernel, _ in walks))
+    if len(kernels) > 1:
+        choice = f"trace.only(kernel={kernels[0]!r})"
+        raise ValueError(f"this trace has the walks of {len(kernels)} kernels; choose one: {choice}")
+    return walks
+
+
+def _edges(ranges: list[Rows], length: int) -> list[int]:
+    """Where tiles begin and end: as visited, and in steps of the largest tile where nothing was."""
+    step = max((stop - start for start, stop in ranges), default=length) or 1
+    seen = {edge for rows in ranges for edge in rows}
+    return sorted(seen | {0, length} | set(range(0, length, step)))
+
+
+def _thinned(edges: list[int]) -> list[int]:
+    """The edges with room for a number: the last, and of the others those far enough from the one before."""
+    room = edges[-1] / 11
+    kept = []
+    for edge in edges[:-1]:
+        if (not kept or edge - kept[-1] >= room) and edges[-1] - edge >= room:
+            kept.append(edge)
+    return [*kept, edges[-1]]
+
+
+def draw_walks(ax, walks: dict[tuple, list], nq: int, nk: int, *, causal: bool) -> tuple[int, int]:
+    """The picture without its legend. Returns how many tiles were visited, and how many there are."""
+    tiles = set(itertools.chain.from_iterable(walks.values()))
+    row_edges, column_edges = _edges([q for q, _ in tiles], nq), _edges([k for _, k in tiles], nk)
+    cells = set(itertools.product(itertools.pairwise(row_edges), itertools.pairwise(column_edges)))
+    for (q0, q1), (k0, k1) in sorted(cells - tiles):
+        ax.add_patch(Rectangle((k0, q0), k1 - k0, q1 - q0, gid="skipped", **HATCH))
+    _draw_numbers(ax, _draw_visits(ax, walks), corner=causal)
+    if causal:
+        ax.plot([nk - nq, nk], [0, nq], gid="causal", **_CAUSAL)
+    ax.set_xticks(_thinned(column_edges))
+    ax.set_yticks(_thinned(row_edges))
+    no_frame(ax)
+    return len(cells & tiles), len(cells)
+
+
+def _draw_visits(ax, walks: dict[tuple, list]) -> dict[tuple, list[int]]:
+    """Colour the visited tiles. Returns the numbers of the visits to each."""
+    visits = {}
+    for colour, walk in zip(itertools.cycle(TINTS), walks.values()):
+        for number, tile in enumerate(walk, 1):
+            (q0, q1), (k0, k1) = tile
+            if tile not in visits:
+                fill = colour if len(walks) > 1 else _SPECTRUM(0.12 + 0.4 * number / len(walk))
+                style = {"facecolor": fill, "edgecolor": "white", "linewidth": 1, "gid": "visited"}
+                ax.add_patch(Rectangle((k0, q0), k1 - k0, q1 - q0, **style))
+            visits.setdefault(tile, []).append(number)
+    return visits
+
+
+def _draw_numbers(ax, visits: dict[tuple, list[int]], corner: bool) -> None:
+    """The numbers of a tile's visits, as large as it allows; off its diagonal if a line runs there."""
+    across, down = (0.3, 0.7) if corner else (0.5, 0.5)
+    one = ax.transData.transform((1, 1)) - ax.transData.transform((0, 0))
+    per_key, per_query = abs(one) * 72 / ax.figure.dpi  # in points, as a font's size
+    for ((q0, q1), (k0, k1)), numbers in visits.items():
+        text = ",".join(map(str, numbers)) if len(numbers) < 3 else f"{len(numbers)}x"
+        size = min(9, 0.75 * (q1 - q0) * per_query, 1.2 * (k1 - k0) * per_key / len(text))
+        if size >= 4:
+            style = {"ha": "center", "va": "center_baseline", "path_effects": _HALO if corner else None}
+            ax.text(k0 + across * (k1 - k0), q0 + down * (q1 - q0), text, fontsize=size, **style)
+
+
+def _explain_walks(ax, walks: dict[tuple, list], causal: bool, skipped: bool) -> None:
+    programs = len(walks) > 1
+    keys = []
+    if programs:
+        shown = list(zip(TINTS, walks.items()))[:8]
+        for colour, ((_, program), walk) in shown:
+            keys.append((Patch(facecolor=colour), f"program {program[0]}: {_count(len(walk), 'tile')}"))
+        if len(walks) > len(shown):
+            keys.append((Patch(alpha=0), f"and {len(walks) - len(shown)} programs more"))
+    else:
+        keys.append((Patch(facecolor=_SPECTRUM(0.4)), "visited, in this order"))
+    if skipped:
+        keys.append((Patch(**HATCH), "never loaded"))
+    if causal:
+        keys.append((Line2D([], [], **_CAUSAL), "edge of the causal mask"))
+    title = "Each program counts\nits own tiles" if programs else None
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "borderaxespad": 2}
+    ax.legend(*zip(*keys), title=title, alignment="left", title_fontsize=8.5, **place)
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}" + ("s" if n != 1 else "")
+
+
+@drawn
+def weights(matrix, words=None, *, columns=None, title: str | None = None, decimals: int = 2) -> Figure:
+    """A small matrix, each number in its cell: queries down, keys across. -inf and nan are drawn as masked."""
+    matrix = torch.as_tensor(matrix).detach().cpu().double().numpy()
+    if matrix.ndim != 2:
+        raise ValueError(
+            f"weights draws a matrix, not shape {matrix.shape}: choose a head, as in matrix[0, 0]"
+        )
+    rows, cols = matrix.shape
+    if columns is None and words is not None and len(words) == cols:
+        columns = words
+    fig = picture(*_matrix_size(rows, cols))
+    ax = fig.subplots()
+    finite = np.isfinite(matrix)
+    low, high = min(0.0, matrix[finite].min(initial=0)), matrix[finite].max(initial=1e-9)
+    shade, gap = colormaps["Blues"], 1.5 if cols <= 16 else 0.5
+    for i, j in np.ndindex(rows, cols):
+        if not finite[i, j]:
+            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, gid="masked", **HATCH))
+            label, colour = ("masked" if cols <= 8 else ""), QUIET
+        else:
+            fill = shade(0.85 * (matrix[i, j] - low) / (high - low))
+            style = {"facecolor": fill, "edgecolor": "white", "linewidth": gap}
+            ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **style))
+            label, colour = f"{matrix[i, j]:.{decimals}f}", readable_on(fill)
+        if cols <= 16:
+            size = (10 if finite[i, j] else 8) if cols <= 8 else 6.5
+            ax.text(j, i, label, ha="center", va="center", color=colour, fontsize=size)
+    ax.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5), aspect="equal", xlabel="key", ylabel="query")
+    _name_ticks(ax.set_xticks, cols, columns)
+    _name_ticks(ax.set_yticks, rows, words)
+    ax.xaxis.set_label_position("top")
+    ax.xaxis.tick_top()
+    no_frame(ax)
+    if title:
+        ax.set_title(title)
+    return fig
+
+
+def _name_ticks(set_ticks, n: int, names) -> None:
+    ticks = range(n) if names is not None else range(0, n, -(-n // 16))
+    set_ticks(ticks, names if names is not None else ticks)
+
+
+def _matrix_size(rows: int, cols: int) -> tuple[float, float]:
+    cell = min(0.62, 4.6 / cols, 3.4 / rows)
+    return max(3.2, cols * cell + 1.3), max(1.6, rows * cell + 0.9)
+
+
+@drawn
+def error_map(got: Tensor, want: Tensor, *, tile: int | None = None, title: str | None = None) -> Figure:
+    """|got - want| for every number of an output, rows down, on a logarithmic scale.
+
+    Of (B, H, N, D) the head with the largest error is drawn. `tile` draws a line every so many rows and marks
+    the tail: the rows of a last tile that is not full. Numbers that are nan or infinite in `got` alone stand
+    out.
+    """
+    if got.shape != want.shape:
+        shapes = f"got {tuple(got.shape)} and want {tuple(want.shape)}"
+        raise ValueError(f"error_map compares tensors of one shape; {shapes}")
+    error, place = _worst_plane(got, want)
+    n, d = error.shape
+    broken = ~np.isfinite(error)
+    largest = error[~broken].max(initial=0)
+    fig = picture()
+    ax = fig.subplots()
+    if largest > 0:
+        scale = LogNorm(max(largest * 1e-4, error[~broken & (error > 0)].min()) * 0.999, largest)
+        cmap = colormaps["cividis"].with_extremes(bad="white")
+        style = {"norm": scale, "cmap": cmap, "aspect": "auto", "interpolation": "nearest"}
+        image = ax.imshow(np.clip(error, scale.vmin, None), **style)
+        fig.colorbar(image, ax=ax, label="|got - want|", pad=0.12 if tile else 0.02)
+    else:
+        ax.imshow(np.zeros((n, d)), cmap="Blues", vmin=-1, vmax=9, aspect="auto")
+    for i, j in np.argwhere(broken):
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ALARM, gid="not finite"))
+    if tile:
+        _mark_tiles(ax, n, d, tile)
+    ax.set(xlabel="column of the output", ylabel="row (query)")
+    ax.set_title(title or _error_headline(error, broken, largest, place))
+    return fig
+
+
+def _worst_plane(got: Tensor, want: Tensor) -> tuple[np.ndarray, str]:
+    """|got - want| as (N, D), of the head where it is largest, and the name of that head."""
+    got, want = (x.detach().cpu().double() for x in (got, want))
+    same = (got == want) | (got.isnan() & want.isnan())  # inf - inf is nan, and no error
+    error = (got - want).abs().masked_fill(same, 0.0)
+    axis = row_axis(error.shape)
+    lead, n = error.shape[:axis], error.shape[axis]
+    planes = error.reshape(lead.numel(), n, -1)
+    worst = int(planes.nan_to_num(nan=torch.inf).amax(dim=(1, 2)).argmax())
+    if lead.numel() == 1:
+        return planes[worst].numpy(), ""
+    index = np.unravel_index(worst, lead)
+    return planes[worst].numpy(), ", ".join(f"{name} {i}" for name, i in zip(("batch", "head"), index))
+
+
+def _error_headline(error: np.ndarray, broken: np.ndarray, largest: float, place: str) -> str:
+    where = f" ({place})" if place else ""
+    if broken.any():
+        first = np.argwhere(broken)[0][0]
+        return f"{broken.sum()} of {error.size} numbers are not finite, first in row {first}{where}"
+    if largest == 0:
+        return "equal in every number"
+    row, column = np.unravel_index(error.argmax(), error.shape)
+    return f"largest error {largest:.1e}, row {row}, column {column}{where}"
+
+
+def _mark_tiles(ax, n: int, d: int, tile: int) -> None:
+    for edge in range(tile, n, tile):
+        ax.axhline(edge - 0.5, color="white", linewidth=1.2)
+        ax.axhline(edge - 0.5, color=INK, linewidth=0.7, linestyle=(0, (3, 2)))
+    tail = n % tile
+    if tail and n > tile:
+        middle = n - tail / 2 - 0.5
+        style = {"color": ALARM, "clip_on": False}
+        ax.plot([1.02 * d - 0.5] * 2, [n - tail - 0.5, n - 0.5], linewidth=3, gid="tail", **style)
+        rows = f"rows {n - tail}-{n - 1}" if tail > 1 else f"row {n - 1}"
+        ax.text(1.04 * d - 0.5, middle, f"tail:\n{rows}", va="center", fontsize=8, **style)
+    ax.set_xlim(-0.5, d - 0.5)
+    ax.set_ylim(n - 0.5, -0.5)

@@ -1,0 +1,72 @@
+"""What the forward and backward kernels share: reading and writing tiles, and the causal mask's arithmetic.
+
+Names: M counts queries, N counts keys. `o_` is a vector of offsets, `b_` a block of values. Row `i` of a tile that starts
+at `start` is row `start + i` of the tensor. The tensor's strides are passed in, so any layout is read in place.
+"""
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): the GPU's exponential unit computes exp2
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Arguments of which Triton must not compile a variant per value class (1, multiple of 16): lengths change from call to call.
+SIZES = ["num_heads", "group", "Nq", "Nk"]
+
+
+@triton.jit
+def tile_pointers(ptr, start, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers to rows start .. start + ROWS of a matrix. int64: a tensor may span more than 2^31 elements."""
+    o_row = tl.arange(0, ROWS).to(tl.int64)
+    o_col = tl.arange(0, COLS).to(tl.int64)
+    origin = ptr + tl.cast(start, tl.int64) * stride_row
+    return origin + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+
+
+@triton.jit
+def tile_mask(start, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """True inside the matrix. (ROWS, COLS), or (ROWS, 1) where every column exists."""
+    mask = (start + tl.arange(0, ROWS) < num_rows)[:, None]
+    if NUM_COLS != COLS:
+        mask = mask & (tl.arange(0, COLS) < NUM_COLS)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(
+    ptr, start, stride_row, stride_col, num_rows,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix.
+
+    CHECK_ROWS = False promises that all rows exist. Columns need checking when the head dim is not a power of two.
+    """
+    p_tile = tile_pointers(ptr, start, stride_row, stride_col, ROWS, COLS)
+    if CHECK_ROWS:
+        b_tile = tl.load(p_tile, mask=tile_mask(start, num_rows, NUM_COLS, ROWS, COLS), other=0.0)
+    elif NUM_COLS != COLS:
+        b_tile = tl.load(p_tile, mask=(tl.arange(0, COLS) < NUM_COLS)[None, :], other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def store_tile(
+    ptr, b_tile, start, stride_row, stride_col, num_rows,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Write a (ROWS, COLS) block to rows start .. start + ROWS, in the tensor's dtype, leaving out what lies outside."""
+    p_tile = tile_pointers(ptr, start, stride_row, stride_col, ROWS, COLS)
+    mask = tile_mask(start, num_rows, NUM_COLS, ROWS, COLS)
+    tl.store(p_tile, b_tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attends(start_m, start_n, Nq, Nk, ROWS: tl.constexpr, COLS: tl.constexpr, CAUSAL: tl.constexpr):
+    """(ROWS, COLS) bool: does query start_m + i attend to key start_n + j? Causal is aligned bottom-right."""
+    o_m = start_m + tl.arange(0, ROWS)
+    o_n = start_n + tl.arange(0, COLS)
+    keep = (o_n < Nk)[None, :]
+    if CAUSAL:
+        keep = keep & (o_n[None, :] <= o_m[:, None] + (Nk - Nq))
+    return keep

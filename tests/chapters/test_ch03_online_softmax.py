@@ -1,0 +1,436 @@
+"""What an answer to chapter 03 must satisfy.
+
+The truth is computed in fp64, and the bound is relative: a few roundings of the number itself, at its own dtype. (The
+bound of flash_edu/testing.py, twice the error of plain PyTorch, asks for many numbers; here there are often one or four.)
+"""
+
+import functools
+import itertools
+import math
+import weakref
+
+import pytest
+import torch
+
+INF = math.inf
+
+
+def rows_like(*shape, spread=4.0, level=0.0, dtype=torch.float32, seed=0):
+    """Random scores, `spread` apart, around `level`."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread + level).to(dtype)
+
+
+def show(x):
+    """A number, or a few of them, as a reader writes them."""
+    x = torch.as_tensor(x)
+    if x.dim() == 0:
+        return f"{x.item():.5g}"
+    numbers = [show(y) for y in x.flatten()[:8]]
+    return f"[{', '.join(numbers)}{', ...' if x.numel() > 8 else ''}]"
+
+
+def assert_near(name, got, want, dtype, roundings):
+    """Raise AssertionError, in words, unless each number of `got` is within so many roundings of `want`."""
+    assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    limits = torch.finfo(dtype)
+    allowed = limits.eps * roundings * want.abs() + limits.tiny  # what is smaller than tiny may as well be 0
+    right = ((got.double() - want).abs() <= allowed) | (got == want)  # infinities may be equal; NaN never is
+    wrong = ~right
+    if wrong.any():
+        lines = []
+        if want.numel() > 1:
+            lines.append(f"{name}: {int(wrong.sum())} of {wrong.numel()} numbers are wrong")
+        for at in map(tuple, wrong.nonzero()[:3].tolist()):
+            place = f"[{', '.join(map(str, at))}]" if at else ""
+            x, y = got[at].item(), want[at].item()
+            digits = 6 if abs(x - y) > 1e-5 * abs(y) or x != x else 17
+            lines.append(f"{name}{place} = {x:.{digits}g}, expected {y:.{digits}g}")
+        raise AssertionError("\n".join(lines))
+
+
+def show_blocks(blocks):
+    """Blocks of one row in full; blocks of many rows by their widths."""
+    if blocks[0].dim() == 1 and sum(b.numel() for b in blocks) <= 12:
+        return "blocks " + ", ".join(show(b) for b in blocks)
+    widths = ", ".join(str(b.shape[-1]) for b in blocks)
+    return f"{len(blocks)} blocks of {widths} columns, rows {tuple(blocks[0].shape[:-1])}"
+
+
+# 3.1 safe_softmax
+
+
+def softmax_truth(scores):
+    """Softmax in fp64; a row of nothing gives zeros."""
+    return scores.double().softmax(dim=-1).nan_to_num(0.0)
+
+
+def softmax_roundings(scores):
+    """How many roundings each weight may be off: a rounding of s - m is |s - m| times larger in exp(s - m)."""
+    below = scores.double().amax(dim=-1, keepdim=True) - scores.double()
+    return 8 + below.nan_to_num(0.0, posinf=0.0)
+
+
+def assert_weights(answer, scores, look):
+    """The weights are right to a few roundings, and the scores are untouched."""
+    given = scores.clone()
+    got = answer.safe_softmax(given)
+    asked = f"safe_softmax({show(scores)})" if scores.dim() == 1 else f"scores of shape {tuple(scores.shape)}"
+    assert isinstance(got, torch.Tensor), f"safe_softmax returned {type(got).__name__}, expected one tensor."
+    try:
+        assert_near("P", got, softmax_truth(scores), scores.dtype, softmax_roundings(scores))
+    except AssertionError as wrong:
+        raise AssertionError(f"{asked}\n{wrong}\n{look}") from None
+    assert got.dtype == scores.dtype, (
+        f"{scores.dtype} scores gave {got.dtype} weights. Keep the dtype of the scores."
+    )
+    assert given.equal(scores), (
+        "your function changed the scores it was given.\n"
+        "An operation whose name ends in _ (sub_, exp_) and -= work in place. Use sub, exp and a new name."
+    )
+
+
+@pytest.mark.exercise("3.1")
+def test_textbook(answer):
+    """scores that never overflow: the weights of the textbook formula"""
+    look = "P_j = exp(s_j - m) / sum_i exp(s_i - m). All along the last dimension, dim=-1."
+    assert_weights(answer, torch.tensor([1.0, 3.0, 2.0, 5.0]), look)
+    for shape in ((7,), (5, 13), (2, 3, 31), (4, 1)):
+        assert_weights(answer, rows_like(*shape, spread=1.0, seed=len(shape)), look)
+
+
+@pytest.mark.exercise("3.1")
+def test_large_scores(answer):
+    """scores of 1000 and of -1000 give weights, not NaN"""
+    for level in (1000.0, -1000.0):
+        look = (
+            f"The scores are near {level:.0f}. exp(1000) is infinite and exp(-1000) is 0 in fp32, so inf/inf or 0/0.\n"
+            'Subtract the row\'s own maximum before exp. See "Why the textbook formula is not enough".'
+        )
+        assert_weights(answer, torch.tensor([1.0, 3.0, 2.0, 5.0]) + level, look)
+        assert_weights(answer, rows_like(3, 17, level=level, seed=1), look)
+
+
+@pytest.mark.exercise("3.1")
+def test_each_row_has_its_maximum(answer):
+    """rows far apart: each row subtracts its own maximum"""
+    scores = rows_like(4, 9, seed=2) + torch.tensor([400.0, 0.0, -400.0, -2000.0])[:, None]
+    look = (
+        "The rows lie near 400, 0, -400 and -2000. With one maximum for the whole tensor, the low rows vanish to 0.\n"
+        "amax(dim=-1, keepdim=True) gives a maximum a row, shaped (..., 1) so that it can be subtracted."
+    )
+    assert_weights(answer, scores, look)
+    assert_weights(answer, scores.reshape(2, 2, 9), look)
+
+
+@pytest.mark.exercise("3.1")
+def test_wide_row(answer):
+    """scores far apart in one row: the largest is what to subtract"""
+    scores = torch.tensor([[-300.0, 300.0, 298.0, 0.0], [150.0, -150.0, 149.0, -1000.0]])
+    look = (
+        "The row reaches from -300 to 300. With its mean or its minimum subtracted, the largest exponent is still far\n"
+        "above 88. With its maximum subtracted it is 0, and no weight can overflow."
+    )
+    assert_weights(answer, scores, look)
+    assert_weights(answer, rows_like(5, 12, spread=200.0, seed=22), look)
+
+
+@pytest.mark.exercise("3.1")
+def test_double_precision(answer):
+    """in double precision the weights are right to double precision"""
+    look = (
+        "If only this claim fails, the error is small, but far above fp64's own. Nothing belongs in the denominator but the\n"
+        "sum: it is at least 1, so it needs no 1e-6 or 1e-9. And do not convert the scores to another dtype."
+    )
+    assert_weights(answer, rows_like(6, 11, dtype=torch.float64, seed=3), look)
+
+
+@pytest.mark.exercise("3.1")
+def test_masked_scores(answer):
+    """a score of -inf gets weight 0 and disturbs nobody"""
+    scores = rows_like(3, 6, seed=4)
+    scores[0, 0] = scores[1, 2:] = scores[2, 5] = -INF
+    look = "exp(-inf) is 0: a masked score needs no special treatment if its row has a finite one."
+    assert_weights(answer, scores, look)
+
+
+@pytest.mark.exercise("3.1")
+def test_row_of_nothing(answer):
+    """a row of nothing but -inf gives zeros, and its neighbours are right"""
+    scores = rows_like(3, 5, seed=5)
+    scores[1] = -INF
+    look = (
+        "Row 1 is all -inf, so its maximum is -inf, and -inf - (-inf) is NaN: subtract anchor(m) instead of m.\n"
+        "Its sum is then 0, and 0/0 is NaN again: divide that row by any other number."
+    )
+    assert_weights(answer, scores, look)
+    assert_weights(answer, torch.full((4,), -INF), look.replace("Row 1", "The row"))
+
+
+# 3.2 online_softmax
+
+
+def pair_truth(scores):
+    """(m, l) in fp64."""
+    m = scores.double().amax(dim=-1)
+    return m, (scores.double() - m.masked_fill(m == -INF, 0.0)[..., None]).exp().sum(dim=-1)
+
+
+def assert_pair(got, scores, asked, look):
+    """The pair is the maximum and the sum of the rows."""
+    assert isinstance(got, (tuple, list)) and len(got) == 2, (
+        f"{asked}\nreturned {type(got).__name__}, expected a pair (m, l)."
+    )
+    m, l = (torch.as_tensor(x) for x in got)
+    want = pair_truth(scores)
+    try:
+        assert_near("m", m, want[0], scores.dtype, 0)  # a maximum is never rounded
+        assert_near("l", l, want[1], scores.dtype, 8 + scores.shape[-1])  # at most one repair a score
+    except AssertionError as wrong:
+        raise AssertionError(f"{asked}\n{wrong}\n{look}") from None
+
+
+def assert_online(answer, blocks, look):
+    """online_softmax(blocks) is the pair of the blocks put side by side."""
+    copies = [b.clone() for b in blocks]
+    assert_pair(answer.online_softmax(copies), torch.cat(blocks, dim=-1), show_blocks(blocks), look)
+    for copy, block in zip(copies, blocks):
+        assert copy.equal(block), (
+            "your function changed a block it was given. Use sub and exp, not sub_ and exp_."
+        )
+
+
+TOY = torch.tensor([1.0, 3.0, 2.0, 5.0])
+REPAIR = (
+    "Terms measured against the old maximum cannot be added to terms measured against the new one: first multiply l by\n"
+    'exp(m - m_new), old minus new. See "One pass, two numbers".'
+)
+
+
+@pytest.mark.exercise("3.2")
+def test_one_block(answer):
+    """one block gives the row's own maximum and sum"""
+    look = "With one block there is nothing to repair: m is its maximum, and l the sum of exp(s - m) over the block."
+    for scores in (TOY, rows_like(1, seed=6), rows_like(23, seed=7)):
+        assert_online(answer, [scores], look)
+
+
+@pytest.mark.exercise("3.2")
+def test_where_it_is_cut(answer):
+    """cutting the row elsewhere does not change the answer"""
+    for widths in ((2, 2), (1, 3), (3, 1), (1, 1, 1, 1)):
+        assert_online(answer, list(TOY.split(widths)), REPAIR)
+    for width in (1, 2, 5, 7, 50):
+        assert_online(answer, list(rows_like(53, seed=8).split(width)), REPAIR)
+
+
+@pytest.mark.exercise("3.2")
+def test_rising_and_falling(answer):
+    """rows that only rise, or only fall: the maximum moves always, or never"""
+    rising = torch.linspace(-30, 30, 24)
+    for scores, what in ((rising, "rises with every block"), (rising.flip(0), "is found in the first block")):
+        assert_online(answer, list(scores.split(4)), f"The maximum {what}.\n{REPAIR}")
+
+
+@pytest.mark.exercise("3.2")
+def test_order_of_blocks(answer):
+    """the order of the blocks does not change the answer"""
+    for order in itertools.permutations(TOY.split(1)):
+        assert_online(answer, list(order), f"Only the order of the blocks is new here.\n{REPAIR}")
+
+
+@pytest.mark.exercise("3.2")
+def test_far_from_zero(answer):
+    """scores near 1000 and near -1000"""
+    for level in (1000.0, -1000.0):
+        look = (
+            f"Every score is near {level:.0f}. m starts at -inf, below every score, never at 0; and exp only ever sees\n"
+            "s - m_new and m - m_new, never s or m alone."
+        )
+        assert_online(answer, list((TOY + level).split(2)), look)
+        assert_online(answer, list(rows_like(4, 21, level=level, seed=9).split(5, dim=-1)), look)
+
+
+@pytest.mark.exercise("3.2")
+def test_many_rows(answer):
+    """many rows at once: each has its own m and l"""
+    look = (
+        "amax(dim=-1) and sum(dim=-1) give a number a row, (...). To subtract it from a block (..., n), it needs a\n"
+        "last dimension: m_new[..., None]. The maximum moves in one row and not in another; torch.maximum is row by row."
+    )
+    for shape in ((3, 14), (2, 3, 19), (14, 14)):
+        scores = rows_like(*shape, spread=8.0, seed=shape[-1])
+        assert_online(answer, list(scores.split(4, dim=-1)), look)
+
+
+@pytest.mark.exercise("3.2")
+def test_double_precision_pair(answer):
+    """in double precision the pair is right to double precision"""
+    look = (
+        "If only this claim fails, the error is small, but far above fp64's own. Is something added to l, or is a block\n"
+        "converted to fp32?"
+    )
+    assert_online(answer, list(rows_like(3, 40, dtype=torch.float64, seed=10).split(7, dim=-1)), look)
+
+
+@pytest.mark.exercise("3.2")
+def test_masked_block(answer):
+    """a block of nothing but -inf changes nothing, wherever it stands"""
+    nothing = torch.full((2,), -INF)
+    look = (
+        "A block of -inf adds 0 to l and leaves m. When it comes first, m_new is still -inf, and s - m_new is NaN:\n"
+        "subtract anchor(m_new), in the terms and in the repair factor."
+    )
+    for at in range(3):
+        blocks = list(TOY.split(2))
+        blocks.insert(at, nothing)
+        assert_online(answer, blocks, look)
+
+
+@pytest.mark.exercise("3.2")
+def test_rows_of_nothing(answer):
+    """a row of nothing but -inf gives m = -inf and l = 0, and its neighbours are right"""
+    scores = rows_like(3, 8, seed=11)
+    scores[1] = -INF
+    look = "Row 1 is empty: exp(-inf - anchor(-inf)) = exp(-inf - 0) = 0, so l = 0. Nothing starts at 1, nothing is NaN."
+    assert_online(answer, list(scores.split(3, dim=-1)), look)
+
+
+@pytest.mark.exercise("3.2")
+def test_blocks_are_not_kept(answer):
+    """each block is used once and let go"""
+    alive = []
+
+    def arrive():
+        for number in range(6):
+            kept = [n for n, block in enumerate(alive[:-1]) if block() is not None]
+            assert not kept, (
+                f"when block {number} was asked for, block {kept[0]} was still being kept.\n"
+                "The point is never to hold the whole row: keep m and l, drop the block. No list of blocks, no torch.cat."
+            )
+            block = rows_like(5, seed=number)
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+
+    got = answer.online_softmax(arrive())
+    scores = torch.cat([rows_like(5, seed=number) for number in range(6)])
+    asked = "6 blocks from a generator, which can be read once"
+    assert_pair(got, scores, asked, "Loop over blocks once, with for.")
+
+
+# 3.3 merge
+
+
+def piece(scores):
+    """The pair of a piece, in the dtype of its scores."""
+    return tuple(x.to(scores.dtype) for x in pair_truth(scores))
+
+
+def assert_merged(answer, a, b, look):
+    """merge of the pairs of a and b is the pair of a and b side by side."""
+    asked = f"merge of the pairs of {show(a)} and {show(b)}"
+    if a.dim() > 1:
+        asked = f"merge of the pairs of pieces {tuple(a.shape)} and {tuple(b.shape)}"
+    assert_pair(answer.merge(piece(a), piece(b)), torch.cat([a, b], dim=-1), asked, look)
+
+
+MERGE = (
+    "Both sums are measured against their own maximum. Bring both to the common one: l_a times exp(m_a - m), and\n"
+    "l_b times exp(m_b - m), with m the larger of the two."
+)
+
+
+@pytest.mark.exercise("3.3")
+def test_halves(answer):
+    """two halves make the whole, whichever holds the maximum"""
+    for a, b in ((TOY[:2], TOY[2:]), (TOY[2:], TOY[:2]), (TOY[:1], TOY[1:]), (TOY[:2], TOY[:2])):
+        assert_merged(answer, a, b, MERGE)
+    assert_merged(answer, rows_like(17, seed=12), rows_like(4, seed=13), MERGE)
+
+
+@pytest.mark.exercise("3.3")
+def test_swapped(answer):
+    """a with b is b with a"""
+    a, b = piece(rows_like(5, 9, seed=14)), piece(rows_like(5, 30, spread=9.0, seed=15))
+    one, other = answer.merge(a, b), answer.merge(b, a)
+    for name, x, y in zip("ml", one, other):
+        assert torch.allclose(x, y, rtol=1e-6, atol=0), (
+            f"merge(a, b) gives {name} = {show(x)}, merge(b, a) gives {name} = {show(y)}.\n{MERGE}"
+        )
+
+
+@pytest.mark.exercise("3.3")
+def test_any_tree(answer):
+    """any tree of merges gives the answer of one pass"""
+    scores = rows_like(3, 35, spread=8.0, seed=16)
+    pieces = [piece(s) for s in scores.split(5, dim=-1)]
+    chain = functools.reduce(answer.merge, pieces)
+    assert_pair(chain, scores, "7 pieces, merged from left to right", MERGE)
+    right = functools.reduce(lambda done, new: answer.merge(new, done), reversed(pieces))
+    assert_pair(right, scores, "7 pieces, merged from right to left", MERGE)
+    while len(pieces) > 1:
+        pairs = [pieces[i : i + 2] for i in range(0, len(pieces), 2)]
+        pieces = [answer.merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    assert_pair(pieces[0], scores, "7 pieces, merged two by two", MERGE)
+
+
+@pytest.mark.exercise("3.3")
+def test_far_apart(answer):
+    """pieces far apart, and both far from zero"""
+    look = f"exp(m_a) alone overflows near 1000 and vanishes near -1000. Only ever take exp of a difference.\n{MERGE}"
+    for a, b in ((1000.0, 1003.0), (-1000.0, -1002.0), (1000.0, -1000.0), (-500.0, 500.0)):
+        assert_merged(answer, TOY + a, rows_like(5, seed=17) + b, look)
+
+
+@pytest.mark.exercise("3.3")
+def test_rows_apart(answer):
+    """each row merges with itself, by its own factor"""
+    a, b = rows_like(4, 6, spread=9.0, seed=18), rows_like(4, 7, spread=9.0, seed=19)
+    look = f"m and l hold a number a row. In some rows a has the maximum, in others b; torch.maximum is row by row.\n{MERGE}"
+    assert_merged(answer, a, b, look)
+    assert_merged(answer, a.reshape(2, 2, 6), b.reshape(2, 2, 7), look)
+
+
+@pytest.mark.exercise("3.3")
+def test_double_precision_merge(answer):
+    """in double precision the merged pair is right to double precision"""
+    a, b = (rows_like(3, n, dtype=torch.float64, seed=n) for n in (8, 15))
+    look = (
+        "If only this claim fails, the error is small, but far above fp64's own. Is something added to l, or converted\n"
+        "to fp32?"
+    )
+    assert_merged(answer, a, b, look)
+
+
+@pytest.mark.exercise("3.3")
+def test_empty_piece(answer):
+    """an empty piece, (-inf, 0), changes nothing"""
+    full, empty = piece(rows_like(3, 8, seed=20)), (torch.full((3,), -INF), torch.zeros(3))
+    for name, got in (
+        ("merge(a, empty)", answer.merge(full, empty)),
+        ("merge(empty, a)", answer.merge(empty, full)),
+    ):
+        for part, x, want in zip("ml", got, full):
+            assert x.equal(want), (
+                f"{name} gives {part} = {show(x)}, expected that of a: {show(want)}.\n"
+                "exp(-inf - m) is 0 and exp(m - m) is 1: the formula needs no special case for one empty piece."
+            )
+
+
+@pytest.mark.exercise("3.3")
+def test_two_empty_pieces(answer):
+    """two empty pieces make an empty piece, not NaN"""
+    full = piece(rows_like(2, 8, seed=21))
+    a, b = (x.clone() for x in full), (x.clone() for x in full)
+    (m_a, l_a), (m_b, l_b) = a, b
+    m_a[1] = m_b[1] = -INF  # row 1 is empty in both, row 0 in neither
+    l_a[1] = l_b[1] = 0.0
+    m, l = answer.merge((m_a, l_a), (m_b, l_b))
+    assert m[1] == -INF and l[1] == 0, (
+        f"two empty pieces give m = {show(m[1])}, l = {show(l[1])}, expected m = -inf, l = 0.\n"
+        "The larger maximum is -inf here, and -inf - (-inf) is NaN: subtract anchor(m) instead of m."
+    )
+    assert m[0] == full[0][0] and torch.isclose(l[0], 2 * full[1][0]), (
+        "the row beside the empty one came out wrong."
+    )

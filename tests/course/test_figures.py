@@ -1,0 +1,611 @@
+"""The traces record what running code did, by count and by place; the pictures show what was recorded."""
+
+import io
+import itertools
+import math
+import pathlib
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+import flash_edu
+from flash_edu import reference
+from flash_edu._environment import interpreting
+from flash_edu.figures import (
+    Trace,
+    bars,
+    count_traffic,
+    error_map,
+    largest_allocation,
+    loss_curves,
+    memory_curve,
+    peak_memory,
+    readme,
+    softmax_evolution,
+    tile_walk,
+    trace_backward,
+    trace_file,
+    trace_forward,
+    trace_triton,
+    triton_trace,
+    watch,
+    weights,
+)
+
+KERNELS = pathlib.Path(__file__).with_name("traced_kernels.py")
+SHAPES = [(64, 64), (70, 100), (96, 32), (1, 80), (33, 17)]
+
+
+def random_qkv(nq, nk, heads=1, d=16):
+    torch.manual_seed(0)
+    return [torch.randn(1, heads, n, d) for n in (nq, nk, nk)]
+
+
+def live_tiles(nq, nk, block_q, block_k, causal):
+    """Every tile with a score that counts, found by looking at each score."""
+    keep = reference.causal_mask(nq, nk) if causal else torch.ones(nq, nk, dtype=torch.bool)
+    rows = [(i, min(i + block_q, nq)) for i in range(0, nq, block_q)]
+    columns = [(j, min(j + block_k, nk)) for j in range(0, nk, block_k)]
+    return [(q, k) for q, k in itertools.product(rows, columns) if keep[slice(*q), slice(*k)].any()]
+
+
+def record(function, tensors, **kwargs):
+    """Trace a function of traced_kernels.py: here if kernels are interpreted here, else in a process that does."""
+    if not interpreting():
+        return trace_file(KERNELS, function, tensors, **kwargs)
+    import traced_kernels
+
+    return trace_triton(lambda: getattr(traced_kernels, function)(*tensors.values(), **kwargs), tensors)
+
+
+# --- watch
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("nq, nk", SHAPES)
+def test_tiled_reference_visits_each_live_tile_once(nq, nk, causal):
+    q, k, v = random_qkv(nq, nk, heads=2)
+    trace, watched = watch(q=q, k=k, v=v)
+    out, _ = reference.tiled_forward(**watched, causal=causal, scale=0.25, block_q=16, block_k=32)
+    live = live_tiles(nq, nk, 16, 32, causal)
+    assert trace.tiles() == live
+    row = 2 * 16 * 4  # two heads of 16 fp32 numbers
+    assert trace.bytes_loaded("q") == nq * row
+    key_rows = sum(stop - start for _, (start, stop) in live)
+    assert trace.bytes_loaded("k") == trace.bytes_loaded("v") == key_rows * row
+    assert trace.bytes_loaded() == sum(loaded for loaded, _ in trace.bytes_by_tensor().values())
+    assert type(out) is torch.Tensor
+    torch.testing.assert_close(out, reference.tiled_forward(q, k, v, causal=causal, scale=0.25)[0])
+
+
+@pytest.mark.parametrize("nq, nk", [(64, 64), (70, 100)])
+def test_tiled_backward_walks_keys_outside_and_queries_inside(nq, nk):
+    q, k, v = random_qkv(nq, nk)
+    out, lse = reference.tiled_forward(q, k, v, causal=True, scale=0.25)
+    trace, w = watch(q=q, k=k, v=v)
+    options = {"causal": True, "scale": 0.25, "block_q": 16, "block_k": 32}
+    reference.tiled_backward(torch.ones_like(out), None, *w.values(), out, lse, **options)
+    visited = list(dict.fromkeys(trace.tiles()))
+    assert visited == sorted(live_tiles(nq, nk, 16, 32, True), key=lambda tile: (tile[1], tile[0]))
+
+
+def test_naive_attention_loads_everything_in_one_tile():
+    q, k, v = random_qkv(40, 40)
+    trace, w = watch(q=q[0, 0], k=k[0, 0], v=v[0, 0])
+    torch.softmax(w["q"] @ w["k"].T, -1) @ w["v"]
+    assert trace.tiles() == [((0, 40), (0, 40))]
+    assert trace.bytes_by_tensor() == {name: (40 * 16 * 4, 0) for name in "qkv"}
+
+
+@pytest.mark.parametrize(
+    "pick, ranges",
+    [
+        (lambda x: x[:, :, 8:24], [(8, 24)]),
+        (lambda x: x[..., 8:24, :4], [(8, 24)]),
+        (lambda x: x[0, 1][4:6], [(4, 6)]),
+        (lambda x: x[0, 1, 3], [(3, 4)]),
+        (lambda x: x[:, :, -5:], [(35, 40)]),
+        (lambda x: x[:, :, 0:40], [(0, 40)]),
+        (lambda x: x[:, :, torch.tensor([3, 9])], [(3, 10)]),
+        (lambda x: x[:, :, torch.arange(40) < 7], [(0, 7)]),
+        (lambda x: x.mT[..., 8:24], [(8, 24)]),
+        (lambda x: x.flatten(0, 1).unsqueeze(0)[..., 1:2, :], [(1, 2)]),
+        (lambda x: x.split(16, dim=2), [(0, 16), (16, 32), (32, 40)]),
+        (lambda x: torch.split(x, 16, -2), [(0, 16), (16, 32), (32, 40)]),
+        (lambda x: x.chunk(2, dim=-2), [(0, 20), (20, 40)]),
+        (lambda x: torch.tensor_split(x, 2, 2), [(0, 20), (20, 40)]),
+        (lambda x: x.narrow(2, 5, 10), [(5, 15)]),
+        (lambda x: x.select(2, 7), [(7, 8)]),
+        (lambda x: x[0, 0].unbind()[:1], [(i, i + 1) for i in range(40)]),
+        (lambda x: list(x[0, 0]), [(i, i + 1) for i in range(40)]),
+        (lambda x: [plane[0, 0][:5] for plane in x.split(1, dim=1)], [(0, 5), (0, 5)]),
+        (lambda x: [plane[:5] for plane in x[0]], [(0, 5), (0, 5)]),
+        (lambda x: x.double()[:, :, 1:2], [(1, 2)]),
+        (lambda x: x.sum(), [(0, 40)]),
+        (lambda x: x + x, [(0, 40)]),
+        (lambda x: torch.cat([x, x]), [(0, 40)]),
+        (lambda x: (x.shape, len(x), x.dtype, x.device, torch.empty_like(x), x.new_zeros(3)), []),
+        (lambda x: x[:, :, 5:5], []),
+    ],
+)
+def test_each_way_to_pick_rows_is_recorded(pick, ranges):
+    x = torch.randn(1, 2, 40, 16)
+    trace, w = watch(x=x)
+    got, want = pick(w["x"]), pick(x)
+    assert [(e.kind, e.start, e.stop) for e in trace.events] == [("load", *rows) for rows in ranges]
+    if isinstance(want, torch.Tensor):
+        assert torch.equal(got, want) and type(got) is torch.Tensor
+
+
+def test_bytes_count_the_elements_picked_in_the_dtype_of_memory():
+    x = torch.zeros(2, 3, 40, 16, dtype=torch.float16)
+    trace, w = watch(x=x, lse=torch.zeros(2, 3, 40), y=torch.zeros(9))
+    w["x"].float()[:, 1, 8:24, :4], w["lse"][..., 8:24], w["y"][2:]
+    assert [e.bytes for e in trace.events] == [2 * 16 * 4 * 2, 2 * 3 * 16 * 4, 7 * 4]
+    assert [e.plane for e in trace.events] == [None, None, 0]
+    w["x"][1, 2, :3]
+    assert trace.events[-1].plane == 5
+
+
+@pytest.mark.parametrize(
+    "write, events",
+    [
+        (lambda x: x.__setitem__(slice(4, 8), 1.0), [("store", 4, 8)]),
+        (lambda x: x[4:8].add_(1), [("load", 4, 8)]),  # a slice is plain: what happens to it is not seen
+        (lambda x: x.zero_(), [("store", 0, 20)]),
+        (lambda x: x.mul_(2), [("load", 0, 20), ("store", 0, 20)]),
+        (lambda x: torch.add(torch.ones(20, 4), 1, out=x), [("store", 0, 20)]),
+    ],
+)
+def test_writes_are_recorded(write, events):
+    x = torch.randn(20, 4)
+    plain = x.clone()
+    trace, w = watch(x=x)
+    write(w["x"])
+    write(plain)
+    assert [(e.kind, e.start, e.stop) for e in trace.events] == events
+    assert torch.equal(x, plain)
+    assert trace.bytes_stored() == sum((stop - start) * 16 for kind, start, stop in events if kind == "store")
+
+
+def test_adding_to_rows_loads_and_stores_them():
+    trace, w = watch(o=torch.zeros(20, 4))
+    w["o"][4:8] += 1
+    assert [(e.kind, e.start, e.stop) for e in trace.events] == [("load", 4, 8), ("store", 4, 8)]
+
+
+def test_a_pick_that_cannot_be_followed_says_so():
+    _, w = watch(k=torch.randn(20, 4))
+    with pytest.raises(NotImplementedError, match=r"vsplit .* Slice instead: k\[start:stop\]"):
+        w["k"].vsplit(2)
+    with pytest.raises(TypeError, match="scale"):
+        watch(scale=0.5)
+
+
+def test_gradients_pass_through_a_watched_tensor():
+    x = torch.randn(20, 4, requires_grad=True)
+    _, w = watch(x=x)
+    (w["x"][3:5] * 2).sum().backward()
+    assert x.grad.sum() == 16
+
+
+def test_inner_loop_can_be_named():
+    trace, w = watch(q=torch.randn(4, 2), k=torch.randn(4, 2))
+    for i, j in itertools.product((0, 2), (0, 2)):
+        w["k"][j : j + 2], w["q"][i : i + 2]  # loaded in the order that the rule does not expect
+    every = list(itertools.product([(0, 2), (2, 4)], repeat=2))
+    assert trace.tiles() == trace.tiles(inner="q") == every
+    assert len(trace.tiles(inner="k")) == 3
+    with pytest.raises(ValueError, match="inner"):
+        trace.tiles(inner="v")
+
+
+def test_a_trace_survives_json():
+    trace = trace_forward(20, 20)
+    assert Trace.from_json(trace.to_json()).events == trace.events
+
+
+# --- traffic
+
+
+def test_traffic_of_naive_attention_is_the_hand_formula():
+    n, d = 96, 16
+    q, k, v = torch.randn(3, n, d).unbind()
+
+    def naive(q, k, v):
+        s = q @ k.T
+        p = (s * 0.25).softmax(-1)
+        return p @ v
+
+    traffic = count_traffic(naive, q, k, v)
+    small, big = 4 * n * d, 4 * n * n
+    assert [(op.read, op.written) for op in traffic.ops] == [
+        (2 * small, big), (big, big), (big, big), (big + small, small)
+    ]  # fmt: skip
+    assert traffic.bytes_read == 3 * small + 3 * big and traffic.bytes_written == 3 * big + small
+    assert traffic.flops == 2 * 2 * n * n * d
+    assert traffic.intensity == traffic.flops / traffic.bytes
+    assert traffic.largest[:3] == (n * n, big, (n, n))
+    assert torch.equal(traffic.result, naive(q, k, v))
+
+
+def test_traffic_of_a_fused_operator_is_its_inputs_and_outputs():
+    q, k, v = random_qkv(64, 64)
+    traffic = count_traffic(flash_edu.flash_attention, q, k, v, backend="torch")
+    assert traffic.bytes_read == 3 * 64 * 16 * 4
+    assert traffic.bytes_written == 64 * 16 * 4 + 64 * 4  # out and lse
+
+
+@pytest.mark.parametrize(
+    "fn, read, written",
+    [
+        (lambda x: x.view(-1).T if x.dim() == 1 else x.mT[1:], 0, 0),
+        (lambda x: x.add_(1), 400, 400),
+        (lambda x: x.zero_(), 0, 400),
+        (lambda x: x.copy_(torch.ones(10, 10)), 400, 800),
+        (lambda x: torch.empty(5), 0, 0),
+        (lambda x: torch.zeros(5), 0, 20),
+        (lambda x: x[:1].expand(10, 10) + x, 440, 400),
+        (lambda x: x * x, 400, 400),
+        (lambda x: torch.add(x, 1, out=x), 400, 400),
+    ],
+)
+def test_traffic_of_single_operations(fn, read, written):
+    traffic = count_traffic(fn, torch.ones(10, 10))
+    assert (traffic.bytes_read, traffic.bytes_written) == (read, written)
+
+
+def test_largest_allocation_tells_naive_from_tiled():
+    q, k, v = random_qkv(128, 128)
+    assert largest_allocation(reference.naive_attention, q, k, v).shape[-2:] == (128, 128)
+    options = {"causal": False, "scale": 1.0, "block_q": 16, "block_k": 16}
+    tiled = largest_allocation(reference.tiled_forward, q, k, v, **options)
+    assert tiled.elements == 128 * 16  # the output itself
+    assert largest_allocation(lambda: q.mT).elements == 0
+
+
+def test_peak_memory_is_the_hand_formula(capfd):
+    q, k, v = torch.randn(3, 128, 16).unbind()
+
+    def naive():
+        s = q @ k.T
+        p = s.softmax(-1)
+        return p @ v
+
+    device = 0 if not torch.cuda.is_available() else torch.cuda.memory_allocated()
+    assert peak_memory(naive) == 2 * 4 * 128 * 128 + 4 * 128 * 16
+    q.requires_grad_()
+    loss = naive().sum()
+    assert peak_memory(loss.backward) > 0  # frees memory that is older than the measurement
+    assert capfd.readouterr().err == ""
+    assert not device or torch.cuda.memory_allocated() == device
+
+
+# --- Triton
+
+
+def test_a_kernels_loads_and_stores_are_recorded():
+    q, k = torch.randn(40, 16), torch.randn(70, 16)
+    trace = record("scores", {"q": q, "k": k})
+    assert trace.kernels == ["scores_kernel"] and trace.names == ["q", "k", "s"]
+    assert trace.programs == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    assert trace.tiles() == live_tiles(40, 70, 16, 16, False)
+    assert trace.bytes_loaded("q") == 40 * 16 * 4
+    assert trace.bytes_loaded("k") == 3 * 70 * 16 * 4
+    assert trace.bytes_stored("s") == trace.bytes_stored() == 40 * 70 * 4
+    assert all(e.outside == 0 for e in trace.events)
+    last = trace.only(program=(2, 0, 0))
+    assert [(e.start, e.stop) for e in last.only(name="q").events] == [(32, 40)]
+    assert set(trace.walks()) == {("scores_kernel", (i, 0, 0)) for i in range(3)}
+
+
+def test_a_forgotten_mask_shows_as_bytes_outside():
+    buffer = torch.randn(64, 16)
+    trace = record("scores_of_a_short_view", {"buffer": buffer}, rows=20)
+    assert sum(e.outside for e in trace.events) == 0  # it all lies in the buffer
+    if interpreting():
+        import traced_kernels
+
+        views = {"q": buffer[32:48], "k": buffer[:20]}
+        trace = trace_triton(lambda: traced_kernels.scores(*views.values(), masked=False), views)
+        assert [e.outside for e in trace.only(name="k").events] == [0, 12 * 16 * 4]  # k has 20 rows
+        assert trace.bytes_loaded("k") == 20 * 16 * 4
+
+
+def test_rows_are_told_apart_in_any_layout():
+    packed = torch.randn(1, 40, 3, 2, 16)  # (B, N, 3, H, D), as one linear layer gives Q, K and V
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    trace = trace_triton(lambda: _sum_of_keys(q, k, v), {"q": q, "k": k, "v": v}) if interpreting() else None
+    trace = trace or record("sum_of_keys", {"q": q, "k": k, "v": v})
+    assert trace.names == ["k", "out"]
+    assert [(e.start, e.stop, e.plane) for e in trace.only(name="k").events] == [
+        (start, min(start + 16, 40), head) for start in (0, 16, 32) for head in (0, 1)
+    ]
+    assert trace.bytes_by_tensor()["k"] == (k.numel() * 4, 0)
+    assert trace.bytes_by_tensor()["out"] == (6 * 4, 6 * 4)  # an atomic addition reads and writes
+
+
+def _sum_of_keys(q, k, v):
+    import traced_kernels
+
+    return traced_kernels.sum_of_keys(q, k, v)
+
+
+def test_tensor_descriptors_are_recorded():
+    trace = record("copy_by_descriptors", {"src": torch.randn(40, 16)})
+    assert [(e.kind, e.name, e.start, e.stop) for e in trace.events] == [
+        (kind, name, start, min(start + 16, 40))
+        for start in (0, 16, 32) for kind, name in (("load", "src"), ("store", "dst"))
+    ]  # fmt: skip
+    assert trace.bytes_loaded() == trace.bytes_stored() == 40 * 16 * 4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("nq, nk", SHAPES)
+def test_the_packages_forward_visits_each_live_tile_once(nq, nk, causal):
+    trace = trace_forward(nq, nk, causal=causal, block_q=16, block_k=32)
+    live = live_tiles(nq, nk, 16, 32, causal)
+    assert sorted(trace.tiles()) == live
+    row = 16 * 4
+    assert trace.bytes_loaded("q") == trace.bytes_stored("o") == nq * row
+    key_rows = sum(stop - start for _, (start, stop) in live)
+    assert trace.bytes_loaded("k") == trace.bytes_loaded("v") == key_rows * row
+    assert trace.bytes_stored("lse") == nq * 4
+    assert trace.bytes_stored() == nq * (row + 4)  # nothing else is written
+    for walk in trace.walks().values():
+        assert len({q_rows for q_rows, _ in walk}) == 1  # a program has one tile of queries
+        assert walk == sorted(walk)
+
+
+@pytest.mark.parametrize("nq, nk", [(64, 64), (33, 50)])
+def test_the_packages_backward_visits_each_live_tile_once_a_pass(nq, nk):
+    trace = trace_backward(nq, nk, causal=True, heads=2, kv_heads=1)
+    live = live_tiles(nq, nk, 16, 16, True)
+    assert len(trace.kernels) == 3
+    for kernel in trace.kernels[1:]:
+        assert sorted(trace.only(kernel=kernel).tiles()) == sorted(2 * live)  # two query heads
+    key_owners = trace.only(kernel=trace.kernels[1]).walks().values()
+    assert all(len({k_rows for _, k_rows in walk}) == 1 for walk in key_owners)
+    assert trace.bytes_stored("dq") == 2 * nq * 16 * 4
+    assert trace.bytes_stored("dk") == trace.bytes_stored("dv") == nk * 16 * 4
+
+
+def test_a_compiling_process_gets_the_same_trace(monkeypatch):
+    here = trace_forward(40, 40, causal=True)
+    monkeypatch.setattr(triton_trace, "interpreting", lambda: False)  # as on a GPU
+    assert trace_forward(40, 40, causal=True).events == here.events
+    with pytest.raises(RuntimeError, match="trace_file"):
+        trace_triton(lambda: None, {})
+
+
+def test_a_file_is_traced_as_it_is_saved(tmp_path):
+    """Its relative imports work, and its errors come back."""
+    package = tmp_path / "answers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "earlier.py").write_text(KERNELS.read_text())
+    answer = package / "answer.py"
+    answer.write_text("from . import earlier\n\ndef run(q, k, block):\n    earlier.scores(q, k, block)\n")
+    tensors = {"q": torch.randn(20, 16), "k": torch.randn(20, 16)}
+    trace = trace_file(answer, "run", tensors, block=16)
+    assert trace.tiles() == live_tiles(20, 20, 16, 16, False)
+    answer.write_text("def run(q, k):\n    raise NotImplementedError('7.1 is not written yet')\n")
+    with pytest.raises(RuntimeError, match="failed: NotImplementedError: 7.1 is not written yet"):
+        trace_file(answer, "run", tensors)
+    with pytest.raises(FileNotFoundError):
+        trace_file(package / "missing.py", "run", tensors)
+
+
+# --- pictures
+
+
+def patches(ax, gid):
+    return [p for p in ax.patches if p.get_gid() == gid]
+
+
+def lines(ax, gid):
+    return [line for line in ax.lines if line.get_gid() == gid]
+
+
+def texts(ax):
+    return [t.get_text() for t in ax.texts]
+
+
+def softmax_history(scores, block):
+    m, l, history = -math.inf, 0.0, []
+    for piece in scores.split(block):
+        m_new = max(m, piece.max().item())
+        l = l * math.exp(m - m_new) + (piece - m_new).exp().sum().item()
+        m = m_new
+        history.append({"scores": piece, "m": m, "l": l, "o": torch.tensor([m, l])})
+    return history
+
+
+def test_tile_walk_shows_each_tile_once_in_order():
+    q, k, v = random_qkv(64, 64)
+    trace, w = watch(q=q, k=k, v=v)
+    reference.tiled_forward(**w, causal=True, scale=1.0, block_q=16, block_k=16)
+    fig = tile_walk(trace, 64, 64, causal=True)
+    (ax,) = fig.axes
+    assert len(patches(ax, "visited")) == 10 and len(patches(ax, "skipped")) == 6
+    assert texts(ax) == [str(i) for i in range(1, 11)]
+    assert [t.get_text() for t in fig.texts] == ["10 of 16 tiles visited"]
+    (edge,) = lines(ax, "causal")
+    assert edge.get_xydata().tolist() == [[0, 0], [64, 64]]
+    assert ax.get_ylim() == (64, 0)
+
+
+def test_tile_walk_of_a_kernel_counts_for_each_program():
+    fig = tile_walk(trace_forward(32, 48, causal=True, heads=2), 32, 48, causal=True)
+    (ax,) = fig.axes
+    assert texts(ax) == ["1", "2", "3", "1", "2"]  # the first head, the lower tile of queries first
+    assert len({p.get_facecolor() for p in patches(ax, "visited")}) == 2
+    assert lines(ax, "causal")[0].get_xydata().tolist() == [[16, 0], [48, 32]]
+    legend = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert legend == ["program 0: 3 tiles", "program 1: 2 tiles", "never loaded", "edge of the causal mask"]
+
+
+def test_tile_walk_shows_a_tile_visited_twice_and_one_never_reached():
+    first, other = ((0, 16), (0, 16)), ((16, 32), (16, 20))
+    (ax,) = tile_walk([first, other, first], 32, 20).axes
+    assert texts(ax) == ["1,3", "2"]
+    assert len(patches(ax, "skipped")) == 2
+
+
+def test_tile_walk_wants_one_kernel():
+    trace = trace_backward(32, 32)
+    with pytest.raises(ValueError, match=r"trace.only\(kernel='dk_dv_kernel'\)"):
+        tile_walk(trace, 32, 32)
+    assert tile_walk(trace.only(kernel="dk_dv_kernel"), 32, 32)
+
+
+def test_softmax_evolution_ends_in_the_softmax():
+    scores = torch.tensor([1.0, 3.0, 2.0, 5.0])
+    fig = softmax_evolution(softmax_history(scores, 2))
+    axes = {ax.get_title("left").split(",")[0].split(":")[0]: ax for ax in fig.axes}
+    m, l, w, o = (axes[name] for name in ("m", "l", "weights", "O"))
+    assert list(m.patches[-1].get_data().values) == [3, 5]
+    assert texts(l) == ["1.14", "1.2"]
+    assert texts(w)[-4:] == [f"{x:.2f}" for x in scores.softmax(0)]
+    assert len(patches(w, "unseen")) == 1
+    assert len(o.get_lines()) == 4
+    without_o = [{name: step[name] for name in ("scores", "m", "l")} for step in softmax_history(scores, 1)]
+    assert len(softmax_evolution(without_o).axes) == 3
+
+
+def test_memory_curve_draws_the_measured_points():
+    lengths = [64, 128, 256]
+    curves = {"naive": (lengths, [4 * n * n for n in lengths]), "flash": (lengths, [10 * n for n in lengths])}
+    (ax,) = memory_curve(curves).axes
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    drawn = {line.get_label(): line.get_xydata().T.tolist() for line in ax.lines}
+    assert all(drawn[name] == [list(ns), list(nbytes)] for name, (ns, nbytes) in curves.items())
+    assert lines(ax, "slope 2")[0].get_ydata().tolist() == [4 * 64**2, 4 * 256**2]
+    np.testing.assert_allclose(lines(ax, "slope 1")[0].get_ydata(), [640, 2560])
+    assert any("KiB" in t.get_text() for t in ax.get_yticklabels())
+
+
+def test_bars_have_their_numbers():
+    (ax,) = bars({"naive": 3 * 2**20, "flash": 1536}, "B", title="bytes").axes
+    assert texts(ax) == ["3 MiB", "1.5 KiB"]
+    assert [p.get_width() for p in ax.patches] == [3 * 2**20, 1536]
+    (ax,) = bars({"a": 1.234, "b": 12345}, "ms", log=True).axes
+    assert texts(ax) == ["1.23 ms", "12,345 ms"] and ax.get_xlabel() == "ms"
+
+
+def test_weights_writes_each_number_and_marks_masked_cells():
+    s = torch.tensor([[1.0, -math.inf], [0.25, 0.75]])
+    (ax,) = weights(s, ["a", "b"]).axes
+    assert texts(ax) == ["1.00", "masked", "0.25", "0.75"]
+    assert len(patches(ax, "masked")) == 1
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b"]
+    with pytest.raises(ValueError, match="choose a head"):
+        weights(torch.zeros(1, 1, 2, 2))
+
+
+def test_loss_curves_have_a_baseline():
+    histories = {"a": [3.0, 2.0], "b": [(10, 2.5), (20, 1.0)]}
+    (ax,) = loss_curves(histories, baseline=("guessing", math.log(10))).axes
+    assert ax.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+    assert ax.lines[1].get_xydata().tolist() == [[10, 2.5], [20, 1]]
+    assert lines(ax, "baseline")[0].get_ydata() == [math.log(10)] * 2
+    assert texts(ax) == ["guessing: 2.3"]
+
+
+def test_error_map_finds_the_row_and_the_tail():
+    want = torch.zeros(1, 2, 40, 8)
+    got = want + 1e-6
+    got[0, 1, 37, 3] = 0.5
+    ax = error_map(got, want, tile=16).axes[0]
+    assert ax.get_title("left") == "largest error 5.0e-01, row 37, column 3 (batch 0, head 1)"
+    assert ax.images[0].get_array()[37, 3] == 0.5
+    assert list(lines(ax, "tail")[0].get_ydata()) == [31.5, 39.5] and texts(ax) == ["tail:\nrows 32-39"]
+    got[0, 0, 5, :2] = math.nan
+    ax = error_map(got, want).axes[0]
+    assert ax.get_title("left") == "2 of 320 numbers are not finite, first in row 5 (batch 0, head 0)"
+    assert len(patches(ax, "not finite")) == 2
+    assert error_map(want, want).axes[0].get_title("left") == "equal in every number"
+    nothing = torch.full((2, 3, 40), -math.inf)  # as LSE of rows that attend to nothing
+    assert error_map(nothing, nothing).axes[0].get_title("left") == "equal in every number"
+    with pytest.raises(ValueError, match="one shape"):
+        error_map(got, want[0])
+
+
+def noisy_losses():
+    return (4.2 * torch.exp(-torch.arange(300) / 90) + 0.05 * torch.randn(300)).tolist()
+
+
+PICTURES = {
+    "tile_walk": lambda: tile_walk(trace_forward(112, 128, causal=True, block_k=32), 112, 128, causal=True),
+    "softmax_evolution": lambda: softmax_evolution(softmax_history(torch.randn(64), 8), title="A row"),
+    "memory_curve": lambda: memory_curve(
+        {"naive": ([64, 128], [1e5, 4e5]), "flash": ([64, 128], [1e4, 2e4])}
+    ),
+    "bars": lambda: bars({"naive": 1e9, "flash": 1e6}, "B"),
+    "weights": lambda: weights(torch.randn(24, 24).softmax(-1)),
+    "loss_curves": lambda: loss_curves(
+        {"a": noisy_losses(), "b": noisy_losses()}, baseline=("guessing", 4.2)
+    ),
+    "error_map": lambda: error_map(torch.randn(100, 64), torch.randn(100, 64), tile=32),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_small_and_white_whatever_the_readers_style(name):
+    torch.manual_seed(0)
+    with matplotlib.style.context("dark_background"):
+        before = matplotlib.rcParams.copy()
+        fig = PICTURES[name]()
+        png = fig._repr_png_()
+        # All but the backend: asking for it chooses one.
+        assert all(matplotlib.rcParams[key] == before[key] for key in before if key != "backend")
+    assert len(png) < 40 * 1024
+    saved = io.BytesIO()
+    fig.savefig(saved, format="png")
+    assert len(saved.getvalue()) < 60 * 1024
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("L"), dtype=float)
+    assert 280 <= image.shape[1] <= 760 and 100 <= image.shape[0] <= 440
+    frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    assert (frame > 250).all(), "something is cut off at the edge"
+    assert image.min() < 90, "no dark text"
+
+
+def test_a_notebook_shows_a_picture_once():
+    """As a cell's result, before and after pyplot is used; and recording alone does not import matplotlib."""
+    cells = [
+        "import sys\nfrom flash_edu.figures import watch\nassert 'matplotlib' not in sys.modules",
+        "from flash_edu.figures import bars\nbars({'a': 1.0}, 'ms')",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "fig = bars({'a': 1.0}, 'ms')\nfig",
+        "fig = bars({'a': 1.0}, 'ms')",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    images = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in notebook.cells]
+    assert images == [0, 1, 1, 1, 0]
+    assert all(len(cell.outputs) == shown for cell, shown in zip(notebook.cells, images))  # and no stderr
+
+
+def test_the_readmes_picture_is_measured():
+    curves, _ = readme.measure_memory([64, 256])
+    naive, flash = (nbytes for _, nbytes in curves.values())
+    assert naive[0] >= 4 * 64**2 and naive[1] >= 4 * 256**2
+    assert flash[1] == 4 * flash[0]  # grows as N
+    tiles, memory = readme.readme_picture([64, 128]).axes
+    assert len(patches(tiles, "visited")) == 36 and len(patches(tiles, "skipped")) == 28
+    assert [line.get_label() for line in memory.lines[:2]] == ["naive attention", "flash_attention"]
+
+
+def test_every_public_name_is_in_the_docstring():
+    from flash_edu import figures
+
+    documented = figures.__doc__
+    assert all(f"{name}(" in documented for name in figures.__all__ if name.islower())
+    everything = {}
+    exec("from flash_edu.figures import *", everything)
+    assert everything["tile_walk"] is tile_walk and everything["watch"] is watch
