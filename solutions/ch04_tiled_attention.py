@@ -39,8 +39,8 @@ def tiled_attention(
 
     For a tile of block_q queries, m = -inf, l = 0, acc = 0; then for each tile of block_k keys and values
         S = scale * Q K^T                                         (block_q, block_k)
-        m_new = max(m, rowmax S),  P = exp(S - m_new),  repair = exp(m - m_new)
-        l = repair * l + rowsum P,   acc = repair * acc + P V
+        m_new = max(m, rowmax S),  p = exp(S - m_new),  repair = exp(m - m_new)
+        l = repair * l + rowsum p,   acc = repair * acc + p V
     and at the end O = acc / l, L = m + log l.                      (Dao 2023, algorithm 1)
 
     4.1  tiled_attention: full attention, when the blocks divide Nq and Nk. Three places.

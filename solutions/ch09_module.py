@@ -108,7 +108,7 @@ def check_inputs(q, k, v):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, seq, head_dim), got {tuple(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must have q's {q.dtype} on {q.device}, got {x.dtype} on {x.device}")
+            raise ValueError(f"{name} must be {q.dtype} on {q.device}, as q is, got {x.dtype} on {x.device}")
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"q must be float16, bfloat16 or float32, got {q.dtype}")
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
@@ -118,7 +118,7 @@ def check_inputs(q, k, v):
         raise ValueError(f"q must have a head_dim that is a power of two from 16 to 256, got {D}")
     for name, x in (("k", k), ("v", v)):
         if x.shape != (B, H, k.shape[2], D):
-            raise ValueError(f"{name} must be {(B, H, k.shape[2], D)} to go with q and k, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be {(B, H, k.shape[2], D)}, got {tuple(x.shape)}")
     # end of your code
 
 

@@ -1,6 +1,5 @@
 """Loads the file that is being judged: a learner's, a solution, or any folder with the same file names."""
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +11,7 @@ PACKAGE = "answers"  # the name that the folder gets, whatever it is called on d
 
 def answer_folder(target: str, root: Path) -> Path:
     """"exercises", "solutions", or the path of a folder."""
-    folder = Path(target)
-    return folder if folder.is_absolute() else (root / folder).resolve()
+    return (root / target if target in ("exercises", "solutions") else Path(target)).resolve()
 
 
 def load_answer(folder: Path, stem: str) -> ModuleType:

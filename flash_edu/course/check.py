@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from flash_edu.course.answers import answer_folder
+from flash_edu.course.claims import claims_about
 from flash_edu.course.explain import Places
 from flash_edu.course.machine import missing
 from flash_edu.course.manifest import Chapter, Course, CourseError, Exercise, load_course
@@ -39,9 +40,9 @@ def run_check(
     what: str | int, *, target: str | None = None, seconds: float = SECONDS, course: Course | None = None
 ) -> Report:
     """The report on chapter or exercise `what` of `target`: "exercises", "solutions" or the path of a folder.
-    `seconds` is how long its tests may take.
 
-    Without a target, the environment variable FLASH_EDU_TARGET decides; without that, exercises.
+    Without a target, the environment variable FLASH_EDU_TARGET decides; without that, exercises. `seconds` is how
+    long the tests may take.
     """
     target = target or os.environ.get("FLASH_EDU_TARGET") or "exercises"
     try:
@@ -54,13 +55,32 @@ def run_check(
     lacking = sorted({thing for exercise in exercises for thing in missing(exercise.needs)})
     if lacking:
         return Report(problem=f"This check needs {' and '.join(lacking)}, which this machine does not have.")
-    events = run_tests(course, [chapter], exercises, folder, seconds)
-    problem = obstacle(events, exercises)
-    if problem:
-        return Report(problem=problem)
     regions = _regions(folder / chapter.file, chapter)
-    results = tuple(judge(exercise, events, regions) for exercise in exercises)
+    results = _not_begun(course, chapter, exercises, regions)
+    if not results:
+        events = run_tests(course, [chapter], exercises, folder, seconds)
+        problem = obstacle(events, exercises)
+        if problem:
+            return Report(problem=problem)
+        results = tuple(judge(exercise, events, regions) for exercise in exercises)
     return Report(results, advice=_advice(results, regions, course, chapter, f"{folder.name}/{chapter.file}"))
+
+
+def _not_begun(
+    course: Course, chapter: Chapter, exercises: tuple[Exercise, ...], regions: list[Region]
+) -> tuple[Result, ...]:
+    """The results if nothing has been written for any of these exercises; () if the tests must be run to know."""
+    begun = {region.exercise for region in regions if not region.unwritten}
+    marked = {region.exercise for region in regions}
+    if begun.intersection(exercises) or not marked.issuperset(exercises):
+        return ()
+    tests = course.root / "tests" / "chapters" / chapter.test_file
+    claims = [claims_about(exercise.id, tests) for exercise in exercises]
+    if not all(claims):
+        return ()
+    return tuple(
+        Result(exercise, tuple(Claim(text, UNWRITTEN) for text in texts)) for exercise, texts in zip(exercises, claims)
+    )
 
 
 def _must_be_there(course: Course, chapter: Chapter, folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flash_edu.course.answers import answer_folder
+from flash_edu.course.claims import claim_text
 from flash_edu.course.explain import Places, explain
 from flash_edu.course.report import NOT_RUN, PASS
 
@@ -29,10 +30,8 @@ def exercise_of(item) -> str | None:
 
 
 def claim_of(item) -> str:
-    """The first line of the docstring; a parametrised test is one claim."""
-    text = inspect.getdoc(item.function)
-    name = item.originalname.removeprefix("test_").replace("_", " ")
-    return text.splitlines()[0].rstrip(".") if text else name
+    """A parametrised test is one claim."""
+    return claim_text(item.originalname, inspect.getdoc(item.function))
 
 
 class Recorder:

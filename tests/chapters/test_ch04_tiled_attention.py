@@ -168,10 +168,8 @@ def test_double_precision(answer):
     """in double precision the answer is right to double precision"""
     case = make_case(nq=24, nk=36, d=16, dtype=torch.float64, hot=2.0, seed=5)
     out, lse, asked = tiled(answer, case, 8, 12)
-    want, some = (
-        truth(case),
-        1 + 16 * torch.finfo(torch.float64).eps,
-    )  # plain PyTorch is the truth here: allow roundings
+    want = truth(case)
+    some = 1 + 16 * torch.finfo(torch.float64).eps  # plain PyTorch is the truth here: allow a few roundings
     try:
         assert_close("O", out, want["out"], want["out"] * some)
         assert_close("L", lse, want["lse"], want["lse"] * some)
@@ -190,9 +188,7 @@ def test_half_precision(answer):
     case = dataclasses.replace(case, v=case.v + 2)  # values of one sign: a rounding error a tile adds up
     out, lse, asked = tiled(answer, case, 16, 2)
     want = naive_attention_with_lse(case.q.double(), case.k.double(), case.v.double())
-    plain = naive_attention_with_lse(
-        case.q.float(), case.k.float(), case.v.float()
-    )  # one rounding, at the end
+    plain = naive_attention_with_lse(case.q.float(), case.k.float(), case.v.float())  # rounded to fp16 below
     asked += ", float16"
     assert out.dtype == torch.float16, f"{asked}\nO is {out.dtype}, expected the dtype of q, torch.float16."
     assert lse.dtype == torch.float32, f"{asked}\nL is {lse.dtype}, expected torch.float32."
@@ -309,10 +305,8 @@ def test_dead_tiles(answer, nq, nk, block_q, block_k):
     case = make_case(1, 1, nq=nq, nk=nk, d=8, causal=True, seed=nq)
     trace, watched = watch(q=case.q, k=case.k, v=case.v)
     answer.tiled_attention(**watched, causal=True, block_q=block_q, block_k=block_k)
-    seen = [
-        min(nk, max(0, start + block_q + nk - nq)) for start in range(0, nq, block_q)
-    ]  # keys, per tile of queries
-    want = sum(-(-keys // block_k) for keys in seen)
+    ends = [start + block_q + nk - nq for start in range(0, nq, block_q)]  # of the keys that a tile sees
+    want = sum(-(-min(nk, max(0, end)) // block_k) for end in ends)
     for name in "kv":
         got = sum(event.name == name for event in trace.events)
         assert got == want, (
@@ -344,9 +338,7 @@ class _MasksMade(TorchDispatchMode):
 def test_masks_on_the_diagonal(answer):
     """only the tiles that the diagonal cuts are masked"""
     case = make_case(1, 1, nq=64, nk=64, d=12, causal=True, seed=10)
-    with _MasksMade(
-        (4, 8)
-    ) as masks:  # 72 tiles are alive, one in each of the 16 rows of tiles is cut by the diagonal
+    with _MasksMade((4, 8)) as masks:  # of the 72 live tiles, the diagonal cuts one a row: 16
         answer.tiled_attention(case.q, case.k, case.v, causal=True, block_q=4, block_k=8)
     assert 0 < masks.count <= 3 * 16, (
         f"N = 64, block_q=4, block_k=8: {masks.count} masks were made for 72 live tiles; the diagonal cuts 16 of them.\n"

@@ -15,7 +15,7 @@ from flash_edu.testing import assert_close, make_case, truth
 
 SHAPES = [(4, 4, 3, 2), (7, 13, 5, 11), (31, 6, 16, 4), (1, 9, 2, 7), (10, 1, 3, 3)]  # Nq, Nk, D, Dv
 BLOCKS = [(16, 16), (8, 32), (32, 8), (7, 11), (128, 128)]  # queries, keys
-READ = "The formula is in the docstring; the notebook's section of the same name derives it."
+READ = "The formula is in the docstring, and the notebook derives it."
 
 
 @pytest.fixture(scope="module", autouse=True)

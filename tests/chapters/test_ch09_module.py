@@ -23,7 +23,9 @@ COMPILER = "inductor" if on_gpu else "aot_eager"
 
 
 def case_of(nq=20, nk=37, dtype=torch.float32, causal=True, batch=2, d=16):
-    return make_case(batch, 3, nq=nq, nk=nk, d=d, dtype=dtype, device=device, causal=causal, scale=SCALE, hot=3.0)
+    return make_case(
+        batch, 3, nq=nq, nk=nk, d=d, dtype=dtype, device=device, causal=causal, scale=SCALE, hot=3.0
+    )
 
 
 def views_of(*tensors, grad=False):
@@ -53,11 +55,15 @@ def explained(look, *errors):
     """An error of PyTorch's becomes a failure with `look` beneath. What is not written yet stays that."""
     try:
         yield
-    except (errors or Exception) as error:
-        if "is not written yet" in str(error) or isinstance(error, AssertionError):
+    except Exception as error:
+        known = not errors or isinstance(error, errors)
+        if not known or "is not written yet" in str(error) or isinstance(error, AssertionError):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise AssertionError(f"{type(error).__name__}: {lines[0][:300] if lines else ''}\n{look}") from error
+        said = f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+        if "number of gradients" in said:
+            said = "attention_gradient returned the wrong number of gradients."  # PyTorch's counts one of its own
+        raise AssertionError(f"{said}\n{look}") from error
 
 
 def spy(module, name):
@@ -75,7 +81,9 @@ def referee(operator, arguments, look):
         test = re.search(r"test_\w+", said)
         why = said.split("failed with ")[-1].strip().splitlines()[0][:300]
         test = test[0] if test else "opcheck"
-        raise AssertionError(f"{test}: {why}\n{OPCHECK.get(test, '')}\n{look}".replace("\n\n", "\n")) from None
+        raise AssertionError(
+            f"{test}: {why}\n{OPCHECK.get(test, '')}\n{look}".replace("\n\n", "\n")
+        ) from None
 
 
 OPCHECK = {
@@ -83,13 +91,26 @@ OPCHECK = {
     "test_faketensor": "The real operator and its fake disagree about a shape, a dtype, a device or strides.",
     "test_aot_dispatch_dynamic": "This is the operator as torch.compile uses it, with and without gradient.",
 }
-FAKE = "Chapter 07 makes `out` with torch.empty_like(q), and lse is (B, H, Nq), float32. The fake says the same."
+FAKE = (
+    "Chapter 07 makes `out` with torch.empty_like(q), and lse is (B, H, Nq), float32. The fake says the same."
+)
 
 # --- 9.1 the operator -----------------------------------------------------------------------------------
 
 
 def forward(answer, case):
-    return answer.attention_forward(case.q, case.k, case.v, case.causal, SCALE)
+    """out and lse, from inputs that must stay what they are."""
+    given = {name: getattr(case, name).clone() for name in "qkv"}
+    with explained("attention_forward returns two tensors, out and lse.", TypeError, ValueError):
+        out, lse = answer.attention_forward(*given.values(), case.causal, SCALE)
+    for name, x in given.items():
+        same(
+            name,
+            x,
+            getattr(case, name),
+            f"The operator wrote into {name}. It promised not to: mutates_args=().",
+        )
+    return out, lse
 
 
 @pytest.mark.exercise("9.1")
@@ -158,7 +179,10 @@ def test_forward_opcheck(answer):
 
 # --- 9.2 the gradient -----------------------------------------------------------------------------------
 
-GRADIENT = "attention_gradient returns dq, dk, dv, and None for causal and for scale: one for each input, in order."
+GRADIENT = (
+    "attention_gradient returns dq, dk, dv, and None for causal and for scale: one for each input, in order.\n"
+    "attention_backward takes dout, dlse, q, k, v, out, lse, causal and scale, in this order."
+)
 
 
 def differentiate(answer, case, use=("out", "lse")):
@@ -201,7 +225,9 @@ def test_one_output_used(answer, use):
 def test_stride_0_gradient(answer):
     """out.sum().backward() works: its dO is one number, seen from everywhere"""
     case = case_of(nq=18, nk=18, batch=1)
-    case = type(case)(**{**vars(case), "dout": torch.ones_like(case.dout), "dlse": torch.zeros_like(case.dlse)})
+    case = type(case)(
+        **{**vars(case), "dout": torch.ones_like(case.dout), "dlse": torch.zeros_like(case.dlse)}
+    )
     inputs = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
     answer.attention_forward(*inputs, True, SCALE)[0].sum().backward()
     look = "All strides of dO are 0 here. Hand it to the kernels as it is: they are given its strides."
@@ -220,7 +246,7 @@ def saved_by(function):
 def test_saved(answer):
     """between forward and backward Q, K, V, O and L are kept, and nothing else"""
     case = case_of(nq=40, nk=50, batch=1)
-    inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+    inputs = views_of(case.q, case.k, case.v, grad=True)
     saved, (out, lse) = saved_by(lambda: answer.attention_forward(*inputs, True, SCALE))
     wanted = dict(zip(("q", "k", "v", "out", "lse"), (*inputs, out, lse)))
     assert saved, (
@@ -229,13 +255,20 @@ def test_saved(answer):
     )
     found = [x.data_ptr() for x in saved]
     for name, x in wanted.items():
-        assert x.data_ptr() in found, f"{name} was not given to ctx.save_for_backward. Save q, k, v, out and lse."
+        assert x.data_ptr() in found, (
+            f"{name} itself was not given to ctx.save_for_backward; a copy of it costs memory.\n"
+            "Save q, k, v, out and lse, as they are."
+        )
     extra = [tuple(x.shape) for x in saved if x.data_ptr() not in [x.data_ptr() for x in wanted.values()]]
     assert not extra and len(saved) == 5, (
         f"{len(saved)} tensors are saved, of shapes {[tuple(x.shape) for x in saved]}. q, k, v, out and lse are enough,\n"
         "and no copies of them; here Nq = 40 and Nk = 50."
     )
-    left = [x for x in vars(out.grad_fn).values() if isinstance(x, torch.Tensor)] if hasattr(out.grad_fn, "__dict__") else []
+    left = (
+        [x for x in vars(out.grad_fn).values() if isinstance(x, torch.Tensor)]
+        if hasattr(out.grad_fn, "__dict__")
+        else []
+    )
     assert not left, (
         f"{len(left)} tensors are attributes of ctx. PyTorch cannot watch those; only causal and scale belong there."
     )
@@ -263,7 +296,9 @@ def test_gradient_opcheck(answer):
     q, k, v = views_of(case.q, case.k, case.v)
     out, lse = answer.attention_forward(q, k, v, True, SCALE)
     dout = torch.ones((), device=device).expand_as(out)
-    look = "backward_shapes: each gradient is torch.empty_like its input. attention_backward makes new tensors."
+    look = (
+        "backward_shapes: each gradient is torch.empty_like its input. attention_backward makes new tensors."
+    )
     referee(answer.attention_backward, (dout, case.dlse, q, k, v, out, lse, True, SCALE), look)
     look = (
         "attention_gradient must call the operator attention_backward. torch.compile knows its shapes;\n"
@@ -301,9 +336,7 @@ def test_function(answer, causal, scale):
     look = "Are causal and scale passed on? If scale is None it is q.shape[-1] ** -0.5: D belongs to q's last dimension."
     asked = f", scale={scale}"
     compare(("out",), (out,), case, look, asked)
-    assert out.requires_grad, (
-        "out has no gradient. Call the operator attention_forward, and not the kernel."
-    )
+    assert out.requires_grad, "out has no gradient. Call the operator attention_forward, and not the kernel."
     out.backward(case.dout)
     compare(("dq", "dk", "dv"), [x.grad for x in inputs], case, look, asked)
 
@@ -339,14 +372,22 @@ def test_autocast(answer):
     for name, x in zip("QKV", inputs):
         assert x.grad is not None and x.grad.dtype == torch.float32, f"d{name} did not come back in float32."
     by_hand = attend(answer, *(x.detach().half() for x in inputs))
-    same("out under autocast", out, by_hand, "It should be what you get by casting q, k and v to float16 yourself.")
+    same(
+        "out under autocast",
+        out,
+        by_hand,
+        "It should be what you get by casting q, k and v to float16 yourself.",
+    )
 
 
 @pytest.mark.exercise("9.3")
 def test_autocast_mixed(answer):
     """under autocast q, k and v may arrive in different dtypes"""
     q, k, v = qkv()
-    with autocast(), explained("Cast first, then check: after the cast all three have one dtype.", ValueError):
+    with (
+        autocast(),
+        explained("Cast first, then check: after the cast all three have one dtype.", ValueError),
+    ):
         out = attend(answer, q.half(), k, v)
     assert out.dtype == torch.float16, f"out is {str(out.dtype)[6:]}; autocast asks for float16."
 
@@ -357,7 +398,10 @@ def test_autocast_off(answer):
     inputs = qkv()
     with autocast(), autocast(enabled=False):
         inside = attend(answer, *inputs)
-    for where, out in (("outside autocast", attend(answer, *inputs)), ("under autocast(enabled=False)", inside)):
+    for where, out in (
+        ("outside autocast", attend(answer, *inputs)),
+        ("under autocast(enabled=False)", inside),
+    ):
         assert out.dtype == torch.float32, (
             f"{where}, q is float32 and out is {str(out.dtype)[6:]}. Cast only if torch.is_autocast_enabled says so."
         )
@@ -412,7 +456,9 @@ def test_wrong_input(answer):
         case = f"{name} has {what}: q {describe(inputs[0])}, k {describe(inputs[1])}, v {describe(inputs[2])}"
         if "is not written yet" in str(said):
             raise said
-        assert said is not None, f"{case}\nNo error was raised; the kernel would read past the end, or compute nonsense."
+        assert said is not None, (
+            f"{case}\nNo error was raised; the kernel would read past the end, or compute nonsense."
+        )
         assert isinstance(said, ValueError), (
             f"{case}\nThis raised {type(said).__name__}: {str(said).splitlines()[0][:120]}\n"
             "Look at the input before anything uses it, and raise ValueError."
@@ -424,7 +470,10 @@ def test_wrong_input(answer):
 
 def refusal(answer, inputs):
     with spy(answer.ch07_fused_forward, "flash_forward") as kernel:
-        kernel.side_effect = lambda q, *args, **kwargs: (q.clone(), q.new_empty(q.shape[:3], dtype=torch.float32))
+        kernel.side_effect = lambda q, *args, **kwargs: (
+            q.clone(),
+            q.new_empty(q.shape[:3], dtype=torch.float32),
+        )
         try:
             answer.flash_attention(*inputs)
         except Exception as error:  # whatever it is, it is judged
@@ -491,7 +540,9 @@ def test_in_a_gpt(answer):
     try:
         assert_close("the logits", logits["yours"], right, logits["naive"])
     except AssertionError as wrong:
-        raise AssertionError(f"{wrong}\nThe model calls flash_attention(q, k, v, causal=True) on views.") from None
+        raise AssertionError(
+            f"{wrong}\nThe model calls flash_attention(q, k, v, causal=True) on views."
+        ) from None
 
 
 def gpt(attention):
@@ -509,7 +560,9 @@ def modules(answer, causal):
     torch.manual_seed(1)
     reference = MultiHeadFlashAttention(D_MODEL, HEADS, causal=causal, attention=naive_attention).to(device)
     module = answer.MultiHeadAttention(D_MODEL, HEADS, causal=causal).to(device)
-    with explained("The projections are nn.Linear(d_model, d_model), called q_proj, k_proj, v_proj and out_proj."):
+    with explained(
+        "The projections are nn.Linear(d_model, d_model), called q_proj, k_proj, v_proj and out_proj."
+    ):
         module.load_state_dict(reference.state_dict())
     return module, reference
 
@@ -538,10 +591,14 @@ def test_module(answer, causal):
     )
     for name, x in got.items():
         assert x is not None, f"{name} is None: it takes no part in out."
+        if name == "the gradient of k_proj.bias":
+            continue  # 0, and rounding: what is added to every key alike changes no softmax
         try:
             assert_close(name, x, right[name], plain[name])
         except AssertionError as wrong:
-            raise AssertionError(f"d_model {D_MODEL}, {HEADS} heads, causal={causal}\n{wrong}\n{look}") from None
+            raise AssertionError(
+                f"d_model {D_MODEL}, {HEADS} heads, causal={causal}\n{wrong}\n{look}"
+            ) from None
 
 
 @pytest.mark.exercise("9.4")
@@ -594,7 +651,7 @@ def test_module_compiled(answer):
     for name, value in plain.items():
         x = got[name if name in got else name.replace("gradient of ", "gradient of _orig_mod.")].float()
         error, largest = (x - value).abs().max().item(), value.abs().max().item()
-        assert error <= 2e-2 * largest or "k_proj.bias" in name, (  # that gradient is 0 but for rounding
+        assert "k_proj.bias" in name or error <= 2e-2 * largest, (
             f"{name}: differs by {error:.3g} from eager attention under autocast, where the largest is {largest:.3g}."
         )
 

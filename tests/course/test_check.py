@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 from flash_edu.course import check as check_in_notebook
-from flash_edu.course.answers import load_answer
+from flash_edu.course.answers import answer_folder, load_answer
 from flash_edu.course.check import CheckFailed, run_check
 from flash_edu.course.cli import app
 from flash_edu.course.explain import Places, explain
@@ -362,8 +362,8 @@ def test_a_file_that_cannot_be_loaded_is_told_with_its_line(course, lines, said)
 
 
 def test_a_missing_function_and_an_endless_loop(course):
-    text = changed(signature="def addition(a, b):", fraction="while True:\n        a += 1")
-    report = check(course, text, seconds=5)
+    loop = "import time\n    while True:\n        time.sleep(0.1)"
+    report = check(course, changed(signature="def addition(a, b):", fraction=loop), seconds=10)
     assert statuses(report) == {
         "1.1": ["error"] * 3,
         "1.2": ["error"],
@@ -372,7 +372,7 @@ def test_a_missing_function_and_an_endless_loop(course):
         "1.5": ["not run"] * 2,
     }
     assert "mine/ch01_small.py has no add. Was it renamed or deleted?" in only(report, "1.1")
-    assert "did not finish within 5 seconds" in only(report, "1.2")
+    assert "did not finish within 10 seconds" in only(report, "1.2")
     assert "mine/ch01_small.py, line 1" in only(report, "1.2") and ", in fraction" in only(report, "1.2")
     assert not report.passed
 
@@ -392,6 +392,13 @@ def test_a_check_of_nothing_is_an_error(course):
     tests.write_text(TESTS)
     assert "could not be run" in broken.problem and "nothing_of_this_name" in broken.problem
     assert not broken.passed and not Report().passed
+
+
+def test_a_target_is_a_name_in_the_course_or_a_path_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert answer_folder("solutions", ROOT) == ROOT / "solutions"
+    assert answer_folder("mine", ROOT) == tmp_path / "mine"
+    assert answer_folder(str(tmp_path), ROOT) == tmp_path
 
 
 def test_what_cannot_be_checked_is_told_and_never_raised(course, tmp_path, capsys, monkeypatch):

@@ -95,7 +95,7 @@ def lab(tmp_path_factory):
     """A JupyterLab of its own on this machine's loopback address, over a copy of what a reader opens."""
     scratch = tmp_path_factory.mktemp("lab")
     root = scratch / "root"
-    for folder in ("notebooks", "exercises", "solutions"):
+    for folder in ("notebooks", "exercises", "solutions", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     write_broken_notebook(root / "notebooks" / "broken.ipynb")

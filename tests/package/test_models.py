@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, ON_GPU
 
+from flash_edu import flash_attention
 from flash_edu.models import GPTDecoder, TransformerBlock
-from flash_edu.models.gpt import ATTENTIONS, pick_attention
+from flash_edu.models.gpt import ATTENTIONS, pick_attention, sdpa_attention
+from flash_edu.reference import naive_attention
 
 NAMES = list(ATTENTIONS)
 
@@ -153,6 +155,13 @@ def test_three_attentions_agree_in_logits_and_gradients():
         for name, want in truth.items():
             bound = 4 * (naive[name] - want).abs().max() + 4 * torch.finfo(torch.float32).eps * want.abs().max()
             assert (got[name] - want).abs().max() <= bound, f"{attention}: {name}"
+
+
+def test_a_name_stands_for_its_attention():
+    meant = {None: flash_attention, "flash_edu": flash_attention, "sdpa": sdpa_attention, "naive": naive_attention}
+    assert set(meant) == {None, *ATTENTIONS}
+    for name, function in meant.items():
+        assert [layer.attention.attention for layer in tiny(name).layers] == [function, function], name
 
 
 def test_your_own_attention_is_called_in_every_block():
@@ -341,7 +350,7 @@ def test_wrong_sizes_are_named(options, words):
 
 @pytest.mark.parametrize("attention", NAMES)
 def test_compiles_to_one_graph(attention):
-    model, ids = tiny(attention), tokens()
+    model, ids = tiny(attention, num_layers=1), tokens()
     plain = logits_and_gradients(model, ids)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     model.zero_grad()

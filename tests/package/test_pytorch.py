@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import flash_edu
 from flash_edu import FlashAttention, MultiHeadFlashAttention, flash_attention, flash_attention_with_lse, ops
 from flash_edu.reference import naive_attention
-from flash_edu.testing import assert_close, differentiate, eager, make_case, truth
+from flash_edu.testing import differentiate, make_case
 
 
 def operands(backend, *, nq=20, nk=30, requires_grad=True):

@@ -252,6 +252,14 @@ def test_an_overflow_in_fp16_skips_the_step(corpus):
     assert not torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
 
 
+def test_fp16_measures_and_clips_gradients_at_their_true_size(corpus):
+    config = changed(TINY, dropout=0.0)
+    windows = [even_windows(corpus.train, 4, config.seq_len)]
+    wide = train_step(*step_parts(config), windows, 1e-3, config, None)
+    half = train_step(*step_parts(config, init_scale=1024.0), windows, 1e-3, config, torch.float16)
+    assert half == pytest.approx(wide, rel=0.02)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(corpus):
     model = build_model(TINY)
     with torch.no_grad():
