@@ -55,12 +55,13 @@ def training_step(
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """13.3  Your kernels, for models whose head dimension is no power of two.
 
-    q (B, H, Nq, D), k and v (B, H, Nk, D), with any D from 1 to 256 -> softmax(Q K^T / sqrt(D)) V, (B, H, Nq, D)
+    q (B, H, Nq, D), k and v (B, H, Nk, D), with any D from 1 to 256
+    -> softmax(Q K^T / sqrt(D)) V, (B, H, Nq, D)
 
     ch09_module.flash_attention takes D = 16, 32, 64, 128 and 256. For another D, give it the next larger one,
     with zeros behind the numbers of q, k and v: they add nothing to a dot product, and come out as zeros at
-    the end of each row of O. The scale stays 1 / sqrt(D), with the D of the model. Where D is one of the five,
-    q, k and v go on as they are: nothing is copied.
+    the end of each row of O. The scale stays 1 / sqrt(D), with the D of the model. Where D is one of the
+    five, q, k and v go on as they are: nothing is copied.
     """
     from . import ch09_module  # not at the top of the file: 13.1 and 13.2 work where there is no Triton
 

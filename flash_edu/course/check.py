@@ -131,6 +131,7 @@ def _run(command: list[str], root: Path, output, seconds: float) -> str:
     """Runs it, for so long at most; what there is to say if it ended too early."""
     # No bytecode: Python would run yesterday's if a file were saved twice in a second at the same length.
     settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
+    settings["OMP_NUM_THREADS"] = "1"  # tensors are tiny: a pool of threads costs more than it saves
     process = subprocess.Popen(
         command,
         cwd=root,

@@ -2,11 +2,15 @@
 import importlib.metadata
 import importlib.util
 import os
+import warnings
 
 import torch
 
 # Somebody with a GPU may still ask for the interpreter; then CPU sizes are the right ones.
 _interpreter_asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
+# torch 2.11 warns of this, harmlessly, when the first thing a backward runs on a GPU is a matrix product.
+warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
 
 on_gpu = torch.cuda.is_available() and not _interpreter_asked
 device = "cuda" if on_gpu else "cpu"

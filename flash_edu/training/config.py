@@ -24,7 +24,7 @@ class TrainConfig:
     attention: str = "flash_edu"  # or "sdpa", "naive"
 
     # the steps
-    steps: int = 400
+    steps: int = 360
     batch_size: int = 16
     gradient_accumulation: int = 1  # batches in a step: their sum is a batch too large for the memory
     gradient_clipping: float = 1.0
@@ -37,9 +37,9 @@ class TrainConfig:
     seed: int = 0
 
     # the bookkeeping
-    eval_every: int = 100  # steps
+    eval_every: int = 90  # steps
     eval_windows: int = 256
-    checkpoint_every: int = 100  # steps
+    checkpoint_every: int = 90  # steps
 
     def __post_init__(self):
         for name in COUNTS:

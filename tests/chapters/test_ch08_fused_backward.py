@@ -351,7 +351,7 @@ def test_dkdv_of_a_sum(answer):
 
 @pytest.mark.exercise("8.2")
 @pytest.mark.parametrize(
-    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 80, 16, 32), (16, 64, 32, 16), (64, 32, 16, 16)]
+    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 16, 16)]
 )
 def test_dkdv_causal(answer, nq, nk, block_m, block_n):
     """causal, with fewer queries than keys, and with more"""
@@ -382,6 +382,22 @@ def test_dkdv_begins_late(answer, nq, nk, block_n):
             "0 * NaN is NaN, and the reading is for nothing. begin = max(0, first key + Nq - Nk), rounded down to a tile."
         )
         compare(name, got[:, :, mine:], part, look)
+
+
+def far_below_zero():
+    """A causal case whose visible scores are below -20000. All numbers are whole, so the scores are exact."""
+    case = case_of(32, 32, causal=True)
+    q, k = (x.abs().round().clamp(1, 3) for x in (case.q, case.k))
+    return dataclasses.replace(case, q=-5000 * q, k=k)
+
+
+BELOW = "All visible scores are below -20000 here. -inf is below every score; -1e4 or 0 is not: exp(-1e4 - L) is infinite."
+
+
+@pytest.mark.exercise("8.2")
+def test_dkdv_hidden_far_below_zero(answer):
+    """a hidden pair adds nothing, however low the visible scores are"""
+    judge_dkdv(answer, far_below_zero(), f"{BELOW}\n{RULE}")
 
 
 @pytest.mark.exercise("8.2")
@@ -522,7 +538,7 @@ def test_dq_strides(answer, order):
 
 @pytest.mark.exercise("8.3")
 @pytest.mark.parametrize(
-    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 80, 16, 32), (16, 64, 32, 16), (64, 32, 32, 16)]
+    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 32, 16)]
 )
 def test_dq_causal(answer, nq, nk, block_m, block_n):
     """causal, with fewer queries than keys, and with more: a query that sees nothing has dQ = 0"""
@@ -545,6 +561,12 @@ def test_dq_stops(answer, nq, nk):
         "0 * NaN is NaN, and the reading is for nothing. The walk ends at (i + 1) * BLOCK_M + Nk - Nq, or at Nk."
     )
     compare("dQ", dq[:, :, :16], given, look)
+
+
+@pytest.mark.exercise("8.3")
+def test_dq_hidden_far_below_zero(answer):
+    """a hidden key adds nothing, however low the visible scores are"""
+    judge_dq(answer, far_below_zero(), f"{BELOW}\n{RULE}")
 
 
 @pytest.mark.exercise("8.3")

@@ -370,7 +370,10 @@ def test_autocast(answer):
     )
     out.float().sum().backward()
     for name, x in zip("QKV", inputs):
-        assert x.grad is not None and x.grad.dtype == torch.float32, f"d{name} did not come back in float32."
+        assert x.grad is not None, (
+            f"d{name} is None. Cast with {name.lower()}.to(dtype), which autograd follows."
+        )
+        assert x.grad.dtype == torch.float32, f"d{name} is {x.grad.dtype}, and {name.lower()} was float32."
     by_hand = attend(answer, *(x.detach().half() for x in inputs))
     same(
         "out under autocast",
@@ -587,7 +590,7 @@ def test_module(answer, causal):
     right = step(reference.double(), x.double())
     look = (
         "Head h takes the columns h * D to (h + 1) * D of each token: split the last dimension into (H, D) first, and\n"
-        "then exchange N and H. At the end, the other way round. Is self.causal passed on?"
+        "then exchange N and H. At the end, the other way round, and then out_proj. Is self.causal passed on?"
     )
     for name, x in got.items():
         assert x is not None, f"{name} is None: it takes no part in out."

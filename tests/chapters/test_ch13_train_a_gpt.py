@@ -80,7 +80,8 @@ def test_every_start_counts(answer, block, starts):
             right = data[start + shift : start + shift + block].tolist()
             assert x[b].tolist() == right, (
                 f"block {block}, starts {starts}: {name}[{b}] = {x[b].tolist()}, expected {right},\n"
-                f"bytes {start + shift} to {start + shift + block - 1} of the text. Row b begins at starts[b]."
+                f"bytes {start + shift} to {start + shift + block - 1} of the text. Row b begins "
+                "at starts[b]."
             )
 
 
@@ -148,7 +149,8 @@ def take_step(answer, model, optimizer, inputs, targets, **options):
     assert isinstance(got, tuple | list) and len(got) == 2, "Return two numbers: loss, grad_norm."
     for name, x in zip(("loss", "grad_norm"), got):
         assert isinstance(x, float), (
-            f"{name} is a {type(x).__name__}, expected a Python float: `.item()`. A loss tensor that is kept in\n"
+            f"{name} is a {type(x).__name__}, expected a Python float: `.item()`. A loss tensor "
+            "that is kept in\n"
             "a list holds on to the graph of its step, and the memory fills up step by step."
         )
     return got
@@ -169,7 +171,11 @@ def test_the_loss(answer, batch, n):
     right, _, _ = right_step(model, inputs, targets, 1.0)
     at_inputs, _, _ = right_step(model, inputs, inputs, 1.0)
     loss, _ = take_step(answer, model, sgd(model), inputs, targets)
-    hint = "cross_entropy wants logits (B*N, V) and targets (B*N,): flatten the first two dimensions of the logits.\nEvery position counts, and the weights are those before the step."
+    hint = (
+        "cross_entropy wants logits (B*N, V) and targets (B*N,): flatten the first two dimensions "
+        "of the logits.\n"
+        "Every position counts, and the weights are those before the step."
+    )
     if math.isclose(loss, right * targets.numel(), rel_tol=1e-4):
         hint = "That is the sum over positions. The mean does not depend on the size of the batch."
     elif math.isclose(loss, at_inputs, rel_tol=1e-4):
@@ -177,7 +183,7 @@ def test_the_loss(answer, batch, n):
     elif math.isclose(loss, right / math.log(2), rel_tol=1e-4):
         hint = "That is in bits. cross_entropy gives nats, and the gradient is that of nats."
     elif math.isclose(loss, right, rel_tol=1e-3):
-        hint = "Close, and rounded to 16 bits somewhere: here autocast_dtype is None, so everything is float32."
+        hint = "Close, and rounded to 16 bits somewhere. autocast_dtype is None here: all is float32."
     assert math.isclose(loss, right, rel_tol=1e-5), (
         f"{batch} windows of {n} bytes: loss = {loss:.6f}, expected {right:.6f}.\n{hint}"
     )
@@ -193,12 +199,15 @@ def test_the_step(answer, max_norm):
     take_step(answer, model, sgd(model), inputs, targets, max_norm=max_norm)
     moved = flat(model.parameters()) - before
     assert moved.abs().max() > 0, (
-        "The weights did not move. Either there was no optimizer.step(), or the gradients were gone by then:\n"
-        "zero_grad() belongs before backward(). Or the loss was cut off from the weights (.detach(), .item())."
+        "The weights did not move. Either there was no optimizer.step(), or the gradients were "
+        "gone by then:\n"
+        "zero_grad() belongs before backward(). Or the loss was cut off from the weights "
+        "(.detach(), .item())."
     )
     assert_moved(
         moved, move,
-        f"max_norm = {max_norm:g}, and the gradient's norm is {norm:.3g}. Clip after backward() and before step(),\n"
+        f"max_norm = {max_norm:g}, and the gradient's norm is {norm:.3g}. Clip after backward() "
+        "and before step(),\n"
         "by the norm of all gradients together (clip_grad_norm_), and step once.",
     )  # fmt: skip
 
@@ -211,7 +220,8 @@ def test_the_norm(answer, max_norm):
     _, right, _ = right_step(model, inputs, targets, max_norm)
     _, norm = take_step(answer, model, sgd(model), inputs, targets, max_norm=max_norm)
     assert math.isclose(norm, right, rel_tol=1e-3), (
-        f"max_norm = {max_norm:g}: grad_norm = {norm:.6g}, expected {right:.6g}. clip_grad_norm_ returns the norm\n"
+        f"max_norm = {max_norm:g}: grad_norm = {norm:.6g}, expected {right:.6g}. clip_grad_norm_ "
+        "returns the norm\n"
         "that it found. In a log that number shows trouble before the loss does; the clipped one does not."
     )
 
@@ -225,7 +235,7 @@ def test_old_gradients_are_forgotten(answer):
     before = flat(model.parameters())
     _, right, move = right_step(model, inputs, targets, 1e6)
     _, norm = take_step(answer, model, sgd(model), inputs, targets, max_norm=1e6)
-    look = "backward() ADDS to .grad. Call optimizer.zero_grad() before it, or every step repeats all earlier ones."
+    look = "backward() ADDS to .grad. Without zero_grad() before it, a step repeats all earlier ones."
     assert_moved(flat(model.parameters()) - before, move, look)
     assert math.isclose(norm, right, rel_tol=1e-3), f"grad_norm = {norm:.6g}, expected {right:.6g}.\n{look}"
 
@@ -237,7 +247,8 @@ def test_it_learns(answer):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = [take_step(answer, model, optimizer, inputs, targets)[0] for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0], (
-        f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} on a batch that never changes; it should come\n"
+        f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} on a batch that never changes; it "
+        "should come\n"
         "close to 0. Is the gradient that of this loss, and does the step use it?"
     )
 
@@ -250,12 +261,14 @@ def test_autocast(answer, dtype):
     take_step(answer, model, sgd(model), inputs, targets, autocast_dtype=dtype)
     assert model.autocast == [dtype], (
         f"autocast_dtype = {dtype}: the model was called {len(model.autocast)} times, under autocast to "
-        f"{model.autocast},\nexpected once, with {[dtype]}. The model's call belongs inside `with torch.autocast(...)`."
+        f"{model.autocast},\nexpected once, with {[dtype]}. The model's call belongs inside `with "
+        "torch.autocast(...)`."
     )
-    assert not torch.is_autocast_enabled("cpu"), "Autocast is still on after the step: use it in a `with` block."
+    assert not torch.is_autocast_enabled("cpu"), "Autocast is still on after the step: use `with`."
     kept = {x.dtype for p in model.parameters() for x in (p, p.grad)}
     assert kept == {torch.float32}, (
-        f"Weights and gradients are {kept}, expected float32: autocast casts copies, operation by operation.\n"
+        f"Weights and gradients are {kept}, expected float32: autocast casts copies, operation by "
+        "operation.\n"
         "A step of 0.001 on a weight of 1 would round away in bfloat16."
     )
 
@@ -268,7 +281,8 @@ def test_the_loss_is_float32(answer):
     log_p = model.logits.detach().double().log_softmax(-1)
     right = -log_p.gather(-1, targets[..., None]).mean().item()
     assert math.isclose(loss, right, rel_tol=1e-5), (
-        f"loss = {loss:.6f}; from the model's {model.logits.dtype} logits it should be {right:.6f}. A sum over 256\n"
+        f"loss = {loss:.6f}; from the model's {model.logits.dtype} logits it should be "
+        f"{right:.6f}. A sum over 256\n"
         "exponentials needs more than bfloat16's 8 bits: logits.float() first."
     )
 
@@ -285,11 +299,13 @@ def kernels_replaced(answer):
         calls.append({"q": q, "k": k, "v": v, "causal": causal, "scale": scale})
         widths = [x.shape[-1] for x in (q, k, v)]
         assert widths == widths[:1] * 3 and widths[0] in SERVED, (
-            f"The kernels got q, k and v with head dimensions {widths}. They take one D for all three, and it is\n"
+            f"The kernels got q, k and v with head dimensions {widths}. They take one D for all "
+            "three, and it is\n"
             f"one of {', '.join(map(str, SERVED))}. F.pad(x, (0, n)) adds n zeros at the end of every row."
         )
         assert q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3], (
-            f"The kernels got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. In this order, k and v have\n"
+            f"The kernels got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}. In this "
+            "order, k and v have\n"
             "the same length; padding touches the last dimension alone."
         )
         return naive_attention(q, k, v, causal=causal, scale=scale)
@@ -317,17 +333,21 @@ def test_any_head_dimension(answer, d, causal):
     assert len(calls) == 1, f"Chapter 09's flash_attention was called {len(calls)} times, expected once."
     wide, used = calls[0]["q"].shape[-1], calls[0]["scale"] or calls[0]["q"].shape[-1] ** -0.5
     assert tuple(got.shape) == tuple(q.shape), (
-        f"D = {d}: the result is {tuple(got.shape)}, expected {tuple(q.shape)}. The kernel's rows end in the zeros\n"
+        f"D = {d}: the result is {tuple(got.shape)}, expected {tuple(q.shape)}. The kernel's rows "
+        "end in the zeros\n"
         "that padding added; the model wants its D numbers back."
     )
-    assert calls[0]["causal"] == causal, f"attention(causal={causal}) called the kernels with {calls[0]['causal']}."
+    used_causal = calls[0]["causal"]
+    assert used_causal == causal, f"attention(causal={causal}) called the kernels with causal={used_causal}."
     assert math.isclose(used, d**-0.5, rel_tol=1e-6), (
-        f"D = {d}: the scores were scaled by {used:.4f}, expected 1/sqrt({d}) = {d**-0.5:.4f}. Left alone, the\n"
+        f"D = {d}: the scores were scaled by {used:.4f}, expected 1/sqrt({d}) = {d**-0.5:.4f}. "
+        "Left alone, the\n"
         f"kernels use the D that they see, which is {wide} after padding: pass scale."
     )
     error = (got - naive_attention(q, k, v, causal=causal)).abs().max()
     assert error < 1e-9, (
-        f"D = {d}, causal {causal}: the result is off by {error:.3g}. Zeros go behind the D numbers of q, of k and\n"
+        f"D = {d}, causal {causal}: the result is off by {error:.3g}. Zeros go behind the D "
+        "numbers of q, of k and\n"
         "of v, and the first D numbers of each row come back."
     )
 
@@ -366,11 +386,12 @@ def test_gradients_come_back(answer, d):
     right = torch.autograd.grad(naive_attention(*leaves, causal=True), leaves, dout)
     with kernels_replaced(answer):
         out = answer.attention(*leaves, causal=True)
-    assert out.requires_grad, "No gradient can go back: something detached the result (.detach(), .data, no_grad)."
+    assert out.requires_grad, "No gradient can go back: the result is detached (.detach(), .data, no_grad)."
     got = torch.autograd.grad(out, leaves, dout, allow_unused=True)
     for name, x, y in zip("qkv", got, right):
         assert x is not None and (x - y).abs().max() < 1e-9, (
-            f"D = {d}: d{name.upper()} is missing or wrong. Pad with F.pad or torch.cat, which autograd knows."
+            f"D = {d}: d{name.upper()} is missing or wrong. Pad with F.pad or torch.cat, which "
+            "autograd knows."
         )
 
 
@@ -393,7 +414,8 @@ def test_your_kernels_in_a_gpt(answer, d_model):
         losses.append(loss.item())
         gradients.append(flat(p.grad for p in model.parameters()))
     assert math.isclose(*losses, rel_tol=1e-4), (
-        f"D = {d_model // 2}: the loss is {losses[1]:.6f} with your kernels and {losses[0]:.6f} by the formula.\n"
+        f"D = {d_model // 2}: the loss is {losses[1]:.6f} with your kernels and {losses[0]:.6f} by "
+        "the formula.\n"
         "If the claims above pass, look at chapters 07 and 09: check(\"7\") and check(\"9\")."
     )
     error = (gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max()

@@ -1,11 +1,8 @@
 """The package's tests run on whatever this machine has: a GPU in full, or Triton's interpreter at small sizes."""
 import pytest
-import torch
+from this_machine import DEVICE, ON_GPU
 
 import flash_edu
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ON_GPU = DEVICE == "cuda"
 
 
 @pytest.fixture

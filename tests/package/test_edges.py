@@ -1,7 +1,7 @@
 """Nothing to compute, nothing to attend to, memory that was never written, and the same bits twice."""
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU
+from this_machine import DEVICE, ON_GPU
 
 from flash_edu import flash_attention_with_lse
 from flash_edu.testing import assert_close, differentiate, eager, make_case, truth

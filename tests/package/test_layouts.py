@@ -1,7 +1,7 @@
 """Any strides in, any strides of gradients, offsets past 2^31 elements."""
 import pytest
 import torch
-from conftest import DEVICE
+from this_machine import DEVICE
 
 from flash_edu import flash_attention, flash_attention_with_lse
 from flash_edu.testing import assert_close, differentiate, eager, make_case, truth

@@ -1,7 +1,7 @@
 """Memory beyond inputs, outputs and gradients grows linearly with N, and nothing N x N is ever kept."""
 import pytest
 import torch
-from conftest import DEVICE
+from this_machine import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_edu import flash_attention

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, ON_GPU
+from this_machine import DEVICE, ON_GPU
 
 from flash_edu import flash_attention
 from flash_edu.models import GPTDecoder, TransformerBlock

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU
+from this_machine import DEVICE, ON_GPU
 
 from flash_edu import flash_attention_with_lse, merge_attention
 from flash_edu.reference import naive_attention_with_lse

@@ -3,7 +3,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import DEVICE, ON_GPU
+from this_machine import DEVICE, ON_GPU
 from torch.utils.checkpoint import checkpoint
 
 import flash_edu

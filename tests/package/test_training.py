@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE
+from this_machine import DEVICE
 from torch import nn
 
 from flash_edu.training import (
@@ -314,6 +314,11 @@ def test_the_same_seed_gives_the_same_curve(corpus):
     assert curve(first) == curve(again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
     assert curve(run(changed(TINY, seed=1), corpus)[0]) != curve(first)
+
+
+def test_a_model_last_used_for_evaluation_trains_with_dropout(corpus):
+    history = train(TINY, model=build_model(TINY).eval(), corpus=corpus, device="cpu")
+    assert curve(history) == curve(run(TINY, corpus)[0])
 
 
 def test_three_attentions_have_one_curve(corpus):
