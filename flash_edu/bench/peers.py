@@ -24,6 +24,7 @@ def sdpa(backend: SDPBackend) -> Attention:
 
 def flex() -> Attention:
     """FlexAttention, compiled; the causal pattern as a block mask, made once for each length."""
+    torch._dynamo.config.recompile_limit = 100  # one graph a shape; past the limit it silently runs unfused
     compiled = torch.compile(flex_attention, dynamic=False)
     masks = {}
 

@@ -24,12 +24,12 @@ class TrainConfig:
     attention: str = "flash_edu"  # or "sdpa", "naive"
 
     # the steps
-    steps: int = 360
-    batch_size: int = 16
+    steps: int = 600
+    batch_size: int = 8
     gradient_accumulation: int = 1  # batches in a step: their sum is a batch too large for the memory
     gradient_clipping: float = 1.0
     learning_rate: float = 3e-3
-    warmup_steps: int = 30
+    warmup_steps: int = 40
     final_learning_rate: float = 0.1  # at the last step, as a share of learning_rate
     weight_decay: float = 0.1
     precision: str = "auto"  # bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU
@@ -37,9 +37,9 @@ class TrainConfig:
     seed: int = 0
 
     # the bookkeeping
-    eval_every: int = 90  # steps
+    eval_every: int = 150  # steps
     eval_windows: int = 256
-    checkpoint_every: int = 90  # steps
+    checkpoint_every: int = 150  # steps
 
     def __post_init__(self):
         for name in COUNTS:
