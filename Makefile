@@ -17,10 +17,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
 # Without a display, or with BROWSER=none, JupyterLab prints its address and opens nothing.
-DISPLAYS := $(DISPLAY)$(WAYLAND_DISPLAY)$(BROWSER)$(filter Darwin,$(shell uname))
+CAN_SHOW := $(if $(filter none,$(BROWSER)),,$(DISPLAY)$(WAYLAND_DISPLAY)$(BROWSER)$(filter Darwin,$(shell uname)))
 LAB := --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url='/lab/tree/$(CHAPTER_00)' \
 	--ServerApp.port=$(PORT) --ServerApp.log_level=ERROR --LabApp.log_level=ERROR \
-	$(if $(filter-out none,$(DISPLAYS)),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
+	$(if $(CAN_SHOW),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: help lab test train check notebooks-gpu test-gpu gpu
 .DEFAULT_GOAL := help

@@ -20,7 +20,7 @@ class TrainConfig:
     num_heads: int = 2
     num_layers: int = 4
     seq_len: int = 128
-    dropout: float = 0.0  # the text is read about once: there is nothing to learn by heart
+    dropout: float = 0.0  # the text is read twice at most: nothing is learnt by heart
     attention: str = "flash_edu"  # or "sdpa", "naive"
 
     # the steps

@@ -163,6 +163,15 @@ def test_grad_p(answer, nq, nk, d, dv):
     judge("dP", ask(answer.grad_p, dout=dout, v=v), right, look)
 
 
+@pytest.mark.exercise("5.2")
+def test_grad_p_of_a_sum(answer):
+    """the gradient of out.sum(): one number, seen everywhere, makes each row of dP the sums of V's rows"""
+    v = draw(2, 3, 9, 5, seed=8)
+    dout = torch.ones((), dtype=v.dtype).expand(2, 3, 6, 5)  # strides of 0, as autograd sends it
+    look = "With dO all ones, dP_ij is the sum of row j of V, the same for every query i."
+    judge("dP", ask(answer.grad_p, dout=dout, v=v), v.sum(-1)[..., None, :].expand(2, 3, 6, 9), look)
+
+
 # 5.3 row_delta
 
 
