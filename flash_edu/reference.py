@@ -46,7 +46,7 @@ def naive_attention_with_lse(
 
 
 def tiled_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, block_q: int = 256, block_k: int = 512
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, block_q: int = 128, block_k: int = 128
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention-2, Algorithm 1 (Dao 2023). Returns out (B, Hq, Nq, Dv) and lse (B, Hq, Nq)."""
     out, lse = empty_outputs(q, v)
@@ -86,8 +86,8 @@ def tiled_backward(
     *,
     causal: bool,
     scale: float,
-    block_q: int = 256,
-    block_k: int = 512,
+    block_q: int = 128,
+    block_k: int = 128,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention-2, Algorithm 2 (Dao 2023), with the gradient of lse. Returns dq, dk, dv like q, k, v.
 
