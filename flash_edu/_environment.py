@@ -15,6 +15,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into triton's settings
 def interpreting() -> bool:
     """True if Triton kernels run in the interpreter in this process."""
     if not HAS_TRITON:

@@ -1,5 +1,6 @@
 """The functions a user calls: they check their arguments, pick a backend, and hand over to the operators in ops.py."""
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def flash_attention_with_lse(
     """
     _reject_unwritten(window, attn_mask, key_padding_mask, alibi_slopes, softcap, dropout_p)
     q, k, v = _check_tensors(*_autocast(q, k, v))
-    _require(isinstance(causal, bool), TypeError, f"causal must be True or False, got {causal!r}")
+    _require(isinstance(causal, bool), TypeError, lambda: f"causal must be True or False, got {causal!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
     return ops.attention_forward(q, k, v, causal, scale, _pick_backend(backend, q))
 
@@ -110,13 +111,13 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         _require(
             out.shape[:-1] == lse.shape and out.ndim > 0,
             ValueError,
-            f"lse_{name} must have the shape of out_{name} without its last dimension, "
+            lambda: f"lse_{name} must have the shape of out_{name} without its last dimension, "
             f"got {tuple(lse.shape)} for out_{name} {tuple(out.shape)}",
         )
     _require(
         out_a.shape == out_b.shape,
         ValueError,
-        f"out_b must have the shape of out_a, got {tuple(out_b.shape)} and {tuple(out_a.shape)}",
+        lambda: f"out_b must have the shape of out_a, got {tuple(out_b.shape)} and {tuple(out_a.shape)}",
     )
     peak = torch.maximum(lse_a, lse_b).detach()
     peak = peak.masked_fill(peak == float("-inf"), 0.0)
@@ -139,13 +140,14 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     }
 
 
-def _require(holds: bool, error: type[Exception], message: str) -> None:
+def _require(holds: bool, error: type[Exception], message: Callable[[], str]) -> None:
+    """The message is made when it is needed: torch.compile cannot make text of sizes it does not know yet."""
     if not holds:
-        raise error(message)
+        raise error(message())
 
 
 def _require_tensor(name: str, x: object) -> None:
-    _require(isinstance(x, Tensor), TypeError, f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    _require(isinstance(x, Tensor), TypeError, lambda: f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def _reject_unwritten(window, attn_mask, key_padding_mask, alibi_slopes, softcap, dropout_p) -> None:
@@ -157,12 +159,12 @@ def _reject_unwritten(window, attn_mask, key_padding_mask, alibi_slopes, softcap
         ("alibi_slopes", alibi_slopes),
         ("softcap", softcap),
     ):
-        _require(value is None, NotImplementedError, f"{name} is not implemented yet; it must be None, got {_show(value)}")
+        _require(value is None, NotImplementedError, lambda: f"{name} is not implemented yet; it must be None, got {_show(value)}")
     check_probability("dropout_p", dropout_p)
     _require(
         dropout_p == 0.0,
         NotImplementedError,
-        f"dropout_p: dropout of attention weights is not implemented yet; it must be 0.0, got {dropout_p!r}",
+        lambda: f"dropout_p: dropout of attention weights is not implemented yet; it must be 0.0, got {dropout_p!r}",
     )
 
 
@@ -175,9 +177,9 @@ def check_probability(name: str, p: object) -> None:
     _require(
         isinstance(p, (int, float)) and not isinstance(p, bool),
         TypeError,
-        f"{name} must be a number, got {type(p).__name__}",
+        lambda: f"{name} must be a number, got {type(p).__name__}",
     )
-    _require(0.0 <= p < 1.0, ValueError, f"{name} must be at least 0 and less than 1, got {p!r}")
+    _require(0.0 <= p < 1.0, ValueError, lambda: f"{name} must be at least 0 and less than 1, got {p!r}")
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,23 +195,23 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.layout == torch.strided and not x.is_nested, TypeError, f"{name} must be a dense tensor, got {x.layout}")
+        _require(x.layout == torch.strided and not x.is_nested, TypeError, lambda: f"{name} must be a dense tensor, got {x.layout}")
         _require(
             x.ndim == 4,
             ValueError,
-            f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
+            lambda: f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
         )
         _require(
             x.dtype in DTYPES,
             TypeError,
-            f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
+            lambda: f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
         )
-        _require(x.dtype == q.dtype, TypeError, f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
-        _require(x.device == q.device, ValueError, f"{name} must be on the device of q, got {x.device} and {q.device}")
+        _require(x.dtype == q.dtype, TypeError, lambda: f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
+        _require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
         _require(
             1 <= x.shape[3] <= MAX_HEAD_DIM,
             NotImplementedError if x.shape[3] > MAX_HEAD_DIM else ValueError,
-            f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
+            lambda: f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
         )
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
     return q, k, v
@@ -218,18 +220,18 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
     for name, shape in (("k", k), ("v", v)):
         _require(
-            shape[0] == q[0], ValueError, f"{name} must have the batch size of q, got {shape[0]} and {q[0]}"
+            shape[0] == q[0], ValueError, lambda: f"{name} must have the batch size of q, got {shape[0]} and {q[0]}"
         )
-    _require(k[3] == q[3], ValueError, f"k must have the head_dim of q, got {k[3]} and {q[3]}")
+    _require(k[3] == q[3], ValueError, lambda: f"k must have the head_dim of q, got {k[3]} and {q[3]}")
     _require(
         v[1:3] == k[1:3],
         ValueError,
-        f"v must have the heads and the length of k, got (heads, seq) = {v[1:3]} and {k[1:3]}",
+        lambda: f"v must have the heads and the length of k, got (heads, seq) = {v[1:3]} and {k[1:3]}",
     )
     _require(
         q[1] == k[1] or (k[1] > 0 and q[1] % k[1] == 0),
         ValueError,
-        f"the number of heads of q must be a multiple of that of k and v, got {q[1]} and {k[1]}",
+        lambda: f"the number of heads of q must be a multiple of that of k and v, got {q[1]} and {k[1]}",
     )
 
 
@@ -237,21 +239,21 @@ def _check_scale(scale: object) -> float:
     _require(
         isinstance(scale, (int, float)) and not isinstance(scale, bool),
         TypeError,
-        f"scale must be a Python number (to learn a scale, multiply q by it), got {type(scale).__name__}",
+        lambda: f"scale must be a Python number (to learn a scale, multiply q by it), got {type(scale).__name__}",
     )
-    _require(math.isfinite(scale) and scale > 0, ValueError, f"scale must be positive and finite, got {scale!r}")
+    _require(math.isfinite(scale) and scale > 0, ValueError, lambda: f"scale must be positive and finite, got {scale!r}")
     return float(scale)
 
 
 def _pick_backend(backend: object, q: Tensor) -> str:
-    _require(isinstance(backend, str), TypeError, f"backend must be a string, got {type(backend).__name__}")
-    _require(backend in BACKENDS, ValueError, f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _require(isinstance(backend, str), TypeError, lambda: f"backend must be a string, got {type(backend).__name__}")
+    _require(backend in BACKENDS, ValueError, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         # On a CPU Triton only interprets, which is for learning; before sm_80 the tiles do not fit.
         fast = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
         return "triton" if fast and _why_not("triton", q) is None else "torch"
     reason = _why_not(backend, q)
-    _require(reason is None, NotImplementedError, f"backend={backend!r} cannot serve this: {reason}; backend='torch' can")
+    _require(reason is None, NotImplementedError, lambda: f"backend={backend!r} cannot serve this: {reason}; backend='torch' can")
     return backend
 
 
