@@ -15,14 +15,13 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into triton's settings
+# A constant: torch.compile cannot look into triton's settings, and kernels are one or the other once they are imported.
+_INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
+
 def interpreting() -> bool:
     """True if Triton kernels run in the interpreter in this process."""
-    if not HAS_TRITON:
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETING
 
 
 def why_no_triton(device: torch.device) -> str | None:

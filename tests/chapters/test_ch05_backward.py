@@ -198,6 +198,15 @@ def test_row_delta(answer, nq, nk, d, dv):
     )
 
 
+@pytest.mark.exercise("5.3")
+def test_row_delta_of_a_sum(answer):
+    """the gradient of out.sum(): D is the sum of each row of the output"""
+    out = draw(2, 3, 6, 5, seed=9)
+    dout = torch.ones((), dtype=out.dtype).expand_as(out)  # strides of 0, as autograd sends it
+    look = "With dO all ones, D_i is the sum of row i of O: one number for each query."
+    judge("D", ask(answer.row_delta, dout=dout, out=out), out.sum(-1), look)
+
+
 # 5.4 grad_s
 
 
