@@ -269,6 +269,22 @@ def test_grad_q(answer, nq, nk, d, dv, scale):
     judge("dQ", ask(answer.grad_q, ds=ds, k=k, scale=scale), right, look)
 
 
+@pytest.mark.exercise("5.5")
+def test_grad_q_is_linear(answer):
+    """a dS twice as large gives a dQ twice as large"""
+    k, ds = draw(2, 9, 5, seed=26), draw(2, 6, 9, seed=27)
+    once = ask(answer.grad_q, ds=ds, k=k, scale=0.3)
+    judge("dQ", ask(answer.grad_q, ds=2 * ds, k=k, scale=0.3), 2 * once, "dQ is a sum of terms, each a factor times dS.")
+
+
+@pytest.mark.exercise("5.6")
+def test_grad_k_is_linear(answer):
+    """a dS twice as large gives a dK twice as large"""
+    q, ds = draw(2, 6, 5, seed=28), draw(2, 6, 9, seed=29)
+    once = ask(answer.grad_k, ds=ds, q=q, scale=0.3)
+    judge("dK", ask(answer.grad_k, ds=2 * ds, q=q, scale=0.3), 2 * once, "dK is a sum of terms, each a factor times dS.")
+
+
 @pytest.mark.exercise("5.6")
 def test_grad_k_by_hand(answer):
     """one key that you can check by hand"""
