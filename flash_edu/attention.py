@@ -35,7 +35,8 @@ def flash_attention(
     outputs and gradients grows linearly with the sequence length. The same inputs give the same bits.
 
     Args:
-        q: queries (B, Hq, Nq, D), fp16, bf16, fp32 or fp64. Any strides; nothing is copied.
+        q: queries (B, Hq, Nq, D), fp16, bf16, fp32 or fp64. Any strides; a tensor whose head dim is
+            not contiguous is copied, others are read in place.
         k: keys (B, Hkv, Nk, D), dtype and device of q. Hq must be a multiple of Hkv: query head h reads key/value
             head h // (Hq / Hkv), which is grouped-query attention, or multi-query attention if Hkv is 1.
         v: values (B, Hkv, Nk, Dv). D and Dv are any sizes from 1 to 256.

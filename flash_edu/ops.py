@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_edu import reference
+from flash_edu.layout import empty_like_rows, empty_outputs, in_rows
 
 
 def _implementation(backend: str):
@@ -24,17 +25,17 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Nq, Dv) and lse (B, Hq, Nq). Arguments are those of `flash_edu.flash_attention`, already checked."""
-    out, lse = reference.empty_outputs(q, v)
+    out, lse = empty_outputs(q, v)
     if out.numel() == 0 or k.numel() == 0:  # nothing to compute, or nothing to attend to
         return out.zero_(), lse.fill_(float("-inf"))
     forward, _ = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):  # the accumulators stay wide
-        return forward(q, k, v, causal=causal, scale=scale)
+        return forward(in_rows(q), in_rows(k), in_rows(v), causal=causal, scale=scale)
 
 
 @attention_forward.register_fake
 def _(q, k, v, causal, scale, backend):
-    return reference.empty_outputs(q, v)
+    return empty_outputs(q, v)
 
 
 @torch.library.custom_op("flash_edu::attention_backward", mutates_args=())
@@ -50,17 +51,18 @@ def attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, shaped and laid out as q, k, v."""
+    """dq, dk, dv, shaped and (see layout.py) laid out as q, k, v."""
     if out.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return tuple(empty_like_rows(x).zero_() for x in (q, k, v))
     _, backward = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):
+        q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
         return backward(dout, dlse, q, k, v, out, lse, causal=causal, scale=scale)
 
 
 @attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, causal, scale, backend):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(empty_like_rows(x) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):

@@ -9,6 +9,8 @@ key/value head h // (Hq / Hkv).
 import torch
 from torch import Tensor
 
+from flash_edu.layout import empty_like_rows, empty_outputs
+
 NEG_INF = float("-inf")
 
 
@@ -97,8 +99,8 @@ def tiled_backward(
     wide = _accumulator(q.dtype)
     delta = (dout.to(wide) * out.to(wide)).sum(dim=-1)
     delta = delta if dlse is None else delta - dlse
-    dq = torch.zeros_like(q, dtype=wide)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    dq = empty_like_rows(q, wide).zero_()
+    dk, dv = empty_like_rows(k), empty_like_rows(v)
     q_, dq_, dout_, lse_, delta_ = (_by_kv_head(x, k.shape[1]) for x in (q, dq, dout, lse[..., None], delta[..., None]))
     for j in range(0, k.shape[2], block_k):
         k_j, v_j = (x[:, :, j : j + block_k].to(wide) for x in (k, v))
@@ -116,13 +118,6 @@ def tiled_backward(
         dk[:, :, j : j + block_k] = dk_j.to(k.dtype)
         dv[:, :, j : j + block_k] = dv_j.to(v.dtype)
     return dq.to(q.dtype), dk, dv
-
-
-def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out, laid out in memory as q is where their shapes agree, and for lse."""
-    shape = (*q.shape[:3], v.shape[-1])
-    out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(shape)
-    return out, q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,8 @@
 """What the forward and backward kernels share: reading and writing tiles, and the causal mask's arithmetic.
 
 Names: M counts queries, N counts keys. `o_` is a vector of offsets, `b_` a block of values. Row `i` of a tile that starts
-at `start` is row `start + i` of the tensor. The tensor's strides are passed in, so any layout is read in place.
+at `start` is row `start + i` of the tensor. Strides are passed in, so batch, heads and sequence may lie in any order; the
+numbers of one row, its columns, must be neighbours.
 """
 import triton
 import triton.language as tl
@@ -14,12 +15,12 @@ SIZES = ["num_heads", "group", "Nq", "Nk"]
 
 
 @triton.jit
-def tile_pointers(ptr, start, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
+def tile_pointers(ptr, start, stride_row, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Pointers to rows start .. start + ROWS of a matrix. int64: a tensor may span more than 2^31 elements."""
     o_row = tl.arange(0, ROWS).to(tl.int64)
-    o_col = tl.arange(0, COLS).to(tl.int64)
+    o_col = tl.arange(0, COLS)
     origin = ptr + tl.cast(start, tl.int64) * stride_row
-    return origin + o_row[:, None] * stride_row + o_col[None, :] * stride_col
+    return origin + o_row[:, None] * stride_row + o_col[None, :]
 
 
 @triton.jit
@@ -33,14 +34,14 @@ def tile_mask(start, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS:
 
 @triton.jit
 def load_tile(
-    ptr, start, stride_row, stride_col, num_rows,
+    ptr, start, stride_row, num_rows,
     NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix.
 
     CHECK_ROWS = False promises that all rows exist. Columns need checking when the head dim is not a power of two.
     """
-    p_tile = tile_pointers(ptr, start, stride_row, stride_col, ROWS, COLS)
+    p_tile = tile_pointers(ptr, start, stride_row, ROWS, COLS)
     if CHECK_ROWS:
         b_tile = tl.load(p_tile, mask=tile_mask(start, num_rows, NUM_COLS, ROWS, COLS), other=0.0)
     elif NUM_COLS != COLS:
@@ -52,13 +53,30 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    ptr, b_tile, start, stride_row, stride_col, num_rows,
+    ptr, b_tile, start, stride_row, num_rows,
     NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Write a (ROWS, COLS) block to rows start .. start + ROWS, in the tensor's dtype, leaving out what lies outside."""
-    p_tile = tile_pointers(ptr, start, stride_row, stride_col, ROWS, COLS)
+    p_tile = tile_pointers(ptr, start, stride_row, ROWS, COLS)
     mask = tile_mask(start, num_rows, NUM_COLS, ROWS, COLS)
     tl.store(p_tile, b_tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot_rows(b_a, b_b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """A B^T for two blocks of rows, (M, D) and (N, D): all their dot products, (M, N).
+
+    SPLIT > 1 sums SPLIT products of D / SPLIT columns each. In one product every warp holds whole rows of A, and fp32 rows
+    of 256 columns fill its registers; in several, each warp takes other columns. Below 16 columns tl.dot has no product.
+    """
+    if SPLIT == 1 or b_a.shape[1] < 16 * SPLIT:
+        b_dots = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+    else:
+        b_a = tl.reshape(b_a, [b_a.shape[0], SPLIT, b_a.shape[1] // SPLIT])
+        b_b = tl.reshape(b_b, [b_b.shape[0], SPLIT, b_b.shape[1] // SPLIT])
+        b_parts = tl.dot(tl.permute(b_a, [1, 0, 2]), tl.permute(b_b, [1, 2, 0]), input_precision=PRECISION)
+        b_dots = tl.sum(b_parts, 0)
+    return b_dots
 
 
 @triton.jit

@@ -14,10 +14,11 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    split: int = 1  # into how many products the head dim is split, see common.dot_rows
 
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), self))
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "SPLIT"), self))
 
 
 HEAD_DIMS = (64, 128, 256)  # a row of the table serves all head dims up to its own
@@ -31,13 +32,13 @@ TILES = {
     ("forward", "sm_80", 2): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
     ("backward_kv", "sm_80", 2): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
     ("backward_q", "sm_80", 2): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
-    ("forward", "sm_80", 4): (Tile(32, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 16, 8, 1)),
-    ("backward_kv", "sm_80", 4): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-    ("backward_q", "sm_80", 4): (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    ("forward", "sm_80", 4): (Tile(32, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1, 8)),
+    ("backward_kv", "sm_80", 4): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1, 8)),
+    ("backward_q", "sm_80", 4): (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 8)),
 }
 
 # In the interpreter any tile fits and none is fast: small ones, of different sizes, so that small tests cross their edges.
-INTERPRETED = {"forward": Tile(32, 16, 4, 1), "backward_kv": Tile(16, 32, 4, 1), "backward_q": Tile(32, 16, 4, 1)}
+INTERPRETED = {"forward": Tile(32, 16, 4, 1), "backward_kv": Tile(16, 32, 4, 1), "backward_q": Tile(32, 16, 4, 1, 2)}
 
 
 def choose_tile(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:

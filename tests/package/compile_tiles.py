@@ -16,6 +16,7 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import sass  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -29,6 +30,7 @@ KERNELS = {
     "backward_kv": backward.dk_dv_kernel,
     "backward_q": backward.dq_kernel,
 }
+RAGGED = (24, 40, 96, 200)  # head dims that do not fill their tiles
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
@@ -59,7 +61,7 @@ def compile_kernels(capability: int, dtype: torch.dtype, head_dim: int, causal: 
     for name, kernel in KERNELS.items():
         kernel.run = _compile_only(name, originals[name], compiled)
     gpu = "sm_90" if capability == 90 and dtype.itemsize == 2 else "sm_80"
-    row = tiles.HEAD_DIMS.index(max(head_dim, tiles.HEAD_DIMS[0]))
+    row = next(i for i, limit in enumerate(tiles.HEAD_DIMS) if head_dim <= limit)
     pick = lambda kernel, *_: tiles.TILES[kernel, gpu, dtype.itemsize][row]  # noqa: E731
     forward.choose_tile = backward.choose_tile = pick
     try:
@@ -82,7 +84,7 @@ def _compile_only(name, run, compiled):
 
 
 def report(kernel, capability: int) -> dict[str, object]:
-    """Registers, spilled bytes, shared memory and warnings, from ptxas itself: Triton hides its warnings."""
+    """Registers, spilled bytes, shared memory and warnings, from ptxas itself: Triton hides its warnings; and what sass.py finds."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
@@ -94,14 +96,17 @@ def report(kernel, capability: int) -> dict[str, object]:
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         "shared_memory": kernel.metadata.shared,
         "warnings": re.findall(r"\(C\d+\)[^\n]*", said),
+        "unset_registers": sass.unset_registers(sass.disassemble(kernel.asm["cubin"])),
         "tensor_cores": bool(re.search(r"wgmma\.mma_async|mma\.sync", kernel.asm["ptx"])),
     }
 
 
 def main(names: list[str]) -> None:
     for name, dtype, head_dim, causal in itertools.product(
-        names or ["sm_80", "sm_90"], (torch.bfloat16, torch.float32), tiles.HEAD_DIMS, (True, False)
+        names or ["sm_80", "sm_90"], (torch.bfloat16, torch.float32), (*tiles.HEAD_DIMS, *RAGGED), (True, False)
     ):
+        if head_dim in RAGGED and (name, dtype) != ("sm_90", torch.bfloat16):
+            continue  # slow to compile, and only wgmma has held surprises
         capability = int(name.removeprefix("sm_"))
         for kernel, compiled in compile_kernels(capability, dtype, head_dim, causal).items():
             what = {"gpu": name, "dtype": str(dtype)[6:], "head_dim": head_dim, "causal": causal, "kernel": kernel}

@@ -3,7 +3,8 @@ import pytest
 import torch
 from this_machine import DEVICE
 
-from flash_edu import flash_attention, flash_attention_with_lse
+from flash_edu import flash_attention, flash_attention_with_lse, ops
+from flash_edu.layout import empty_like_rows
 from flash_edu.testing import assert_close, differentiate, eager, make_case, truth
 
 LAYOUTS = {
@@ -74,6 +75,22 @@ def test_offsets_past_2_to_the_31(which, backend):
     grads = torch.autograd.grad([out, lse], inputs, [case.dout, case.dlse])
     for name, got in zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads)):
         assert_close(name, got, right[name], plain[name])
+
+
+@pytest.mark.parametrize("layout", ["(batch, seq, heads, dim)", "head_dim strided", "every other element"])
+def test_layouts_of_results(layout, backend):
+    """In rows, whatever the inputs; and the same under torch.compile, which asks the fake implementation."""
+    case = make_case(2, 4, 4, 33, 40, d=16, device=DEVICE)
+    q, k, v = (LAYOUTS[layout](x) for x in (case.q, case.k, case.v))
+    want = [empty_like_rows(x) for x in (q, q, k, v)]
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attention(*inputs, backend=backend)
+    grads = torch.autograd.grad(out, inputs, LAYOUTS[layout](case.dout))
+    assert [x.stride() for x in (out, *grads)] == [x.stride() for x in want]
+    assert all(x.stride(-1) == 1 for x in want)
+    torch.library.opcheck(ops.attention_forward, (q, k, v, False, 0.25, backend), test_utils=["test_faketensor"])
+    saved = (case.dout.mT.contiguous().mT, None, q.detach(), k.detach(), v.detach(), out.detach(), case.dlse, False, 0.25, backend)
+    torch.library.opcheck(ops.attention_backward, saved, test_utils=["test_faketensor"])
 
 
 def test_inputs_are_left_alone(backend):
