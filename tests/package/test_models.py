@@ -355,9 +355,9 @@ def test_compiles_to_one_graph(attention):
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     model.zero_grad()
     loss_of(compiled, ids).backward()
-    for name, parameter in model.named_parameters():
-        want = plain[name].float()
-        torch.testing.assert_close(parameter.grad, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    largest = max(x.abs().max().item() for name, x in plain.items() if name != "logits")
+    for name, parameter in model.named_parameters():  # atol: a key's bias moves no weight, its gradient is rounding alone
+        torch.testing.assert_close(parameter.grad, plain[name].float(), rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_autocast_errs_no_more_than_the_formula_does():

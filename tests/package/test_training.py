@@ -428,7 +428,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["flash_edu", "sdpa"])
 def test_a_gpu_run_records_its_memory(attention):
-    config = preset("cuda", attention=attention, steps=4, batch_size=2, eval_windows=2, warmup_steps=1)
+    config = preset("cuda", attention=attention, steps=40, batch_size=2, eval_windows=2, warmup_steps=10)
     history = train(config, device=DEVICE)
     assert autocast_dtype("auto", torch.device(DEVICE)) in (torch.bfloat16, torch.float16)
     assert history[-1]["loss"] < history[0]["loss"]
