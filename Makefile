@@ -68,4 +68,5 @@ gpu: $(READY)
 	@echo 'Setting up .venv, once: PyTorch is a large download, so this takes some minutes.'
 	@$(PYTHON) -m venv .venv
 	@$(RUN) -m pip install --disable-pip-version-check -e '.[course,dev]' -c constraints.txt
+	@$(RUN) -m jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null  # asks each new user about news
 	@touch $@
