@@ -18,6 +18,7 @@ from flash_edu.course.explain import Places
 from flash_edu.course.machine import missing
 from flash_edu.course.manifest import Chapter, Course, CourseError, Exercise, load_course
 from flash_edu.course.marks import Region, find_regions
+from flash_edu.course.mistakes import Mistake, load_mistakes
 from flash_edu.course.report import ERROR, FAIL, NOT_RUN, PASS, UNWRITTEN, Claim, Report, Result, held
 
 SECONDS = 120
@@ -58,11 +59,11 @@ def run_check(
     regions = _regions(folder / chapter.file, chapter)
     results = _not_begun(course, chapter, exercises, regions)
     if not results:
-        events = run_tests(course, [chapter], exercises, folder, seconds)
-        problem = obstacle(events, exercises)
+        events = run_tests(course, chapter, exercises, folder, seconds)
+        problem, mistakes = obstacle(events, exercises), load_mistakes(chapter, course)
         if problem:
             return Report(problem=problem)
-        results = tuple(judge(exercise, events, regions) for exercise in exercises)
+        results = tuple(judge(exercise, events, regions, mistakes) for exercise in exercises)
     return Report(results, advice=_advice(results, regions, course, chapter, f"{folder.name}/{chapter.file}"))
 
 
@@ -98,12 +99,22 @@ def _must_be_there(course: Course, chapter: Chapter, folder: Path) -> None:
 #
 # found   a claim will be tried on one input        start   that trial begins
 # broken  the tests themselves could not be run     end     that trial has this status
+# suspects   the known mistakes that fail as this answer does; of an exercise, the last event counts
 
 
 def run_tests(
-    course: Course, chapters: list[Chapter], exercises: tuple[Exercise, ...], folder: Path, seconds: float
+    course: Course,
+    chapter: Chapter,
+    exercises: tuple[Exercise, ...],
+    folder: Path,
+    seconds: float,
+    *,
+    make_mistakes: bool = False,
 ) -> list[dict]:
-    """The events that the plugin wrote, completed if Python did not live to write the last one."""
+    """The events that the plugin wrote, completed if Python did not live to write the last one.
+
+    make_mistakes: where the answer passes, also make every known mistake, and tell which claim catches it ("killed").
+    """
     with tempfile.TemporaryDirectory() as scratch:
         results, output = Path(scratch, "results"), Path(scratch, "output")
         results.touch()
@@ -113,7 +124,7 @@ def run_tests(
         command += ["-c", os.devnull, "--rootdir", course.root, "--confcutdir", course.root]
         command += ["--assert=plain", "--tb=native"]  # explain.py tells the rest
         command += ["--target", folder, "--results", results, "--only", only, "--seconds", seconds]
-        command += [f"tests/chapters/{chapter.test_file}" for chapter in chapters]
+        command += ["--make-mistakes"] * make_mistakes + [f"tests/chapters/{chapter.test_file}"]
         with output.open("w") as file:
             ending = _run([str(part) for part in command], course.root, file, seconds + STARTING_SECONDS)
         events = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -186,13 +197,18 @@ def obstacle(events: list[dict], exercises: tuple[Exercise, ...]) -> str:
     return ""
 
 
-def judge(exercise: Exercise, events: list[dict], regions: list[Region]) -> Result:
-    """What the events say about one exercise, given the marked regions of the answer."""
+def judge(exercise: Exercise, events: list[dict], regions: list[Region], mistakes: list[Mistake]) -> Result:
+    """What the events say about one exercise, given the marked regions of the answer and the known mistakes."""
     own = [region for region in regions if region.exercise == exercise]
-    mine = [event for event in events if event["exercise"] == exercise.id]
-    names = dict.fromkeys(event["claim"] for event in mine)  # each once, in order
-    claims = [_claim(name, [event for event in mine if event["claim"] == name], own) for name in names]
-    return Result(exercise, tuple(claims))
+    mine = [event for event in events if event.get("exercise") == exercise.id]
+    names = dict.fromkeys(event["claim"] for event in mine if event["event"] == "found")  # each once, in order
+    claims = [_claim(name, [event for event in mine if event.get("claim") == name], own) for name in names]
+    named = [event["names"] for event in mine if event["event"] == "suspects"]
+    known = [mistake for mistake in mistakes if mistake.exercise == exercise.id]
+    if not named or not known or not {FAIL, ERROR}.intersection(claim.status for claim in claims):
+        return Result(exercise, tuple(claims))
+    suspects = tuple(mistake for mistake in known if mistake.name in named[-1])
+    return Result(exercise, tuple(claims), diagnosed=True, suspects=suspects)
 
 
 def _claim(name: str, events: list[dict], own: list[Region]) -> Claim:

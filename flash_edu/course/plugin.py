@@ -8,8 +8,11 @@ import pytest
 
 from flash_edu.course.answers import answer_folder
 from flash_edu.course.claims import claim_text
+from flash_edu.course.diagnosis import Suspects, Workshop, same_failure
 from flash_edu.course.explain import Places, explain
-from flash_edu.course.report import NOT_RUN, PASS
+from flash_edu.course.manifest import load_course
+from flash_edu.course.mistakes import load_mistakes
+from flash_edu.course.report import ERROR, FAIL, NOT_RUN, PASS
 
 MOST_PRINTED_LINES = 10
 
@@ -18,6 +21,7 @@ def pytest_addoption(parser):
     parser.addoption("--results", type=Path, help="the file that events are appended to")
     parser.addoption("--only", help="exercises, as 4.1,4.2")
     parser.addoption("--seconds", type=float, help="end Python if the tests take longer")
+    parser.addoption("--make-mistakes", action="store_true", help="make every known mistake where the answer passes")
 
 
 def pytest_configure(config):
@@ -39,7 +43,9 @@ class Recorder:
         self.path = config.getoption("results")
         self.only = config.getoption("only").split(",")
         self.seconds = config.getoption("seconds")
+        self.make_mistakes = config.getoption("make_mistakes")
         self.failed = set()
+        self.catalogue = Catalogue(config.rootpath, self.only)
         self.stack = self.path.with_suffix(".stack").open("w")
         self.places = Places(answer_folder(config.getoption("--target"), config.rootpath), config.rootpath)
 
@@ -79,9 +85,14 @@ class Recorder:
         if claim not in self.failed and (call.when == "call" or call.excinfo):
             status, message = self.outcome(call, report)
             told = {"status": status, "message": message, "loading": call.when == "setup"}
+            told["message"] += _printed(report.capstdout) if status in (FAIL, ERROR) else ""
             self.write("end", exercise=claim[0], claim=claim[1], **told)
             if status != PASS:
                 self.failed.add(claim)
+            if status in (FAIL, ERROR) and call.when == "call":
+                self.diagnose(item, status, message)
+            elif status == PASS and self.make_mistakes:
+                self.kill(item)
         return report
 
     def outcome(self, call, report):
@@ -89,8 +100,45 @@ class Recorder:
             return PASS, ""
         if report.skipped:
             return NOT_RUN, str(call.excinfo.value)
-        status, message = explain(call.excinfo.value, self.places)
-        return status, message + _printed(report.capstdout)
+        return explain(call.excinfo.value, self.places)
+
+    def diagnose(self, item, status, message):
+        """Which known mistakes explain this failure, and those before it?"""
+        suspects = self.catalogue.suspects(exercise_of(item))
+        if suspects.face(item, status, message):
+            self.write("suspects", exercise=exercise_of(item), names=[mistake.name for mistake in suspects.left])
+
+    def kill(self, item):
+        """Make each mistake that no claim has caught yet. Of one that is caught here: who else fails like this?"""
+        id = exercise_of(item)
+        outcomes = {mistake: self.catalogue.workshop.try_out(mistake, item) for mistake in self.catalogue.alive[id]}
+        for mistake, outcome in outcomes.items():
+            if outcome[0] in (FAIL, ERROR):
+                self.catalogue.alive[id].remove(mistake)
+                alike = [other.name for other in self.catalogue.mistakes[id] if self.alike(other, item, outcome)]
+                said = {"status": outcome[0], "message": outcome[1], "alike": alike}
+                self.write("killed", exercise=id, mistake=mistake.name, claim=claim_of(item), **said)
+
+    def alike(self, mistake, item, outcome):
+        return same_failure(outcome, self.catalogue.workshop.try_out(mistake, item))
+
+
+class Catalogue:
+    """The known mistakes of the exercises that are judged."""
+
+    def __init__(self, root, only):
+        course = load_course(root)
+        chapter, _ = course.find(only[0])
+        known = load_mistakes(chapter, course)
+        self.mistakes = {id: [mistake for mistake in known if mistake.exercise == id] for id in only}
+        self.alive = {id: list(mistakes) for id, mistakes in self.mistakes.items()}
+        self.workshop = Workshop(chapter, course)
+        self._suspects = {}
+
+    def suspects(self, id):
+        if id not in self._suspects:
+            self._suspects[id] = Suspects(self.mistakes[id], self.workshop)
+        return self._suspects[id]
 
 
 def _printed(text: str) -> str:

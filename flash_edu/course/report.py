@@ -1,9 +1,11 @@
 """What a check found, and how it is shown: a box in a notebook, colours in a terminal, text elsewhere."""
 import html
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from flash_edu.course.manifest import Exercise
+from flash_edu.course.mistakes import Mistake
 
 PASS, FAIL, ERROR, UNWRITTEN, NOT_RUN = "pass", "fail", "error", "unwritten", "not run"
 LABELS = {PASS: "pass", FAIL: "FAIL", ERROR: "FAIL", UNWRITTEN: "todo", NOT_RUN: "----"}
@@ -28,6 +30,8 @@ class Result:
 
     exercise: Exercise
     claims: tuple[Claim, ...]
+    diagnosed: bool = False  # was the catalogue of mistakes tried on what failed?
+    suspects: tuple[Mistake, ...] = ()  # those that fail in the same way
 
     @property
     def status(self) -> str:
@@ -119,6 +123,21 @@ def _details(result: Result) -> list[Line]:
         message = "as above" if claim.message in said else claim.message
         said.add(claim.message)
         lines += [Line(" " * 8 + text) for text in message.splitlines()] if claim.message else []
+    return lines + _diagnosis(result)
+
+
+def _diagnosis(result: Result) -> list[Line]:
+    """What the catalogue of mistakes knows about this failure."""
+    if not result.diagnosed:
+        return []
+    if not result.suspects:
+        return [Line("  No mistake that we know gives exactly this. The numbers above say where it begins.")]
+    several = len(result.suspects) > 1
+    lines = [Line("  Each of these mistakes gives exactly this:" if several else "  This is what you get when")]
+    for mistake in result.suspects:
+        lines.append(Line(mistake.name + ".", "    ", ""))
+        lines += [Line(" " * 8 + text) for text in textwrap.wrap(mistake.explanation, 100)]
+        lines.append(Line(f'        See "{mistake.see}" in the notebook.'))
     return lines
 
 

@@ -1,0 +1,113 @@
+"""Which known mistakes would fail a claim with the same words and the same numbers as the learner's answer did?"""
+import contextlib
+import io
+import math
+import re
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from flash_edu.course.answers import load_answer
+from flash_edu.course.explain import Places, explain
+from flash_edu.course.manifest import Chapter, Course
+from flash_edu.course.mistakes import Mistake, make
+from flash_edu.course.report import ERROR, PASS
+
+SECONDS_FOR_ONE = 5  # to make one mistake on one input
+SECONDS = 10  # for everything said about one exercise
+MOST_INPUTS = 3  # failing claims that a mistake must explain to be named
+
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)\b")
+
+
+class TooLong(Exception):
+    """A mistake did not finish in its time."""
+
+
+class Suspects:
+    """The mistakes of one exercise that explain every failure seen so far."""
+
+    def __init__(self, mistakes: list[Mistake], workshop: "Workshop"):
+        self.left = list(mistakes)
+        self.inputs = 0
+        self._workshop = workshop
+        self._until = time.monotonic() + SECONDS
+
+    def face(self, item, status: str, message: str) -> bool:
+        """Keep those that fail this test in the same way. False if there was no more time, or enough was seen."""
+        if self.inputs == MOST_INPUTS or not self.left or time.monotonic() > self._until:
+            return False
+        kept = []
+        for mistake in self.left:
+            if time.monotonic() > self._until:
+                return False  # half a comparison would name whoever came first
+            if same_failure((status, message), self._workshop.try_out(mistake, item)):
+                kept.append(mistake)
+        self.left, self.inputs = kept, self.inputs + 1
+        return True
+
+
+class Workshop:
+    """Makes mistakes, and runs tests on them in place of the answer."""
+
+    def __init__(self, chapter: Chapter, course: Course):
+        self.chapter, self.course = chapter, course
+        self._scratch = tempfile.TemporaryDirectory()
+        self._folders: dict[Mistake, Path] = {}
+
+    def try_out(self, mistake: Mistake, item) -> tuple[str, str]:
+        """(status, message) of this test, already set up by pytest, on the solution with this mistake."""
+        places = Places(self._folder(mistake), self.course.root)
+        arguments = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
+        try:
+            with _limited(SECONDS_FOR_ONE), contextlib.redirect_stdout(io.StringIO()):
+                item.obj(**arguments | {"answer": load_answer(places.folder, self.chapter.stem)})
+        except TooLong:
+            return ERROR, "It did not finish."
+        except BaseException as error:  # pytest's own outcomes are no Exceptions
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return explain(error, places)
+        return PASS, ""
+
+    def _folder(self, mistake: Mistake) -> Path:
+        if mistake not in self._folders:
+            folder = Path(self._scratch.name, str(len(self._folders)), "solutions").resolve()
+            make(mistake, self.chapter, self.course, folder)
+            self._folders[mistake] = folder
+        return self._folders[mistake]
+
+
+@contextlib.contextmanager
+def _limited(seconds: float):
+    """TooLong is raised inside once so much time has passed. Only where signals work: the main thread of Linux or macOS."""
+
+    def stop(*_):
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def same_failure(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Two (status, message) that say the same. Of an error only its first line counts: the rest is the code around it."""
+    if one[0] != other[0] or one[0] == PASS:
+        return False
+    texts = [message.split("\n")[0] if status == ERROR else message for status, message in (one, other)]
+    words, numbers = zip(*((NUMBER.sub("#", text), NUMBER.findall(text)) for text in texts))
+    return words[0] == words[1] and all(map(_close, *numbers))
+
+
+def _close(one: str, other: str) -> bool:
+    """As printed: whole numbers count things and must agree, others are results and may be rounded differently."""
+    if one == other:
+        return True
+    if one.lstrip("+-").isdecimal() and other.lstrip("+-").isdecimal():
+        return False
+    return math.isclose(float(one), float(other), rel_tol=2e-3, abs_tol=1e-30)
