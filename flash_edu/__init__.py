@@ -5,9 +5,15 @@
 
 `python -m flash_edu` says which backends this machine has, and why not the others.
 """
-from flash_edu import _environment as _environment  # first: picks interpreter or GPU before triton is imported
-from flash_edu.attention import available_backends, flash_attention, flash_attention_with_lse, merge_attention
-from flash_edu.modules import FlashAttention, MultiHeadFlashAttention
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from flash_edu._before_triton import BeforeTriton
+
+if TYPE_CHECKING:
+    from flash_edu.attention import available_backends, flash_attention, flash_attention_with_lse, merge_attention
+    from flash_edu.modules import FlashAttention, MultiHeadFlashAttention
 
 __version__ = "0.1.0"
 
@@ -19,3 +25,18 @@ __all__ = [
     "flash_attention_with_lse",
     "merge_attention",
 ]
+
+sys.meta_path.insert(0, BeforeTriton())  # picks interpreter or GPU, whoever imports triton
+
+
+def __getattr__(name: str):
+    """The public names are imported on first use: the command flash-edu need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'flash_edu' has no attribute {name!r}")
+    module = "flash_edu.modules" if name.endswith("FlashAttention") else "flash_edu.attention"
+    globals()[name] = getattr(importlib.import_module(module), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -2,7 +2,7 @@
 import sys
 from dataclasses import dataclass
 
-from flash_edu.course.check import obstacle, run_tests
+from flash_edu.course.judging import obstacle, run_tests
 from flash_edu.course.manifest import Chapter, Course, CourseError, load_course
 from flash_edu.course.mistakes import Mistake, load_mistakes
 from flash_edu.course.report import PASS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flash_edu.course import skeletons
-from flash_edu.course.check import judge, obstacle, run_tests
+from flash_edu.course.judging import judge, obstacle, run_tests
 from flash_edu.course.manifest import Chapter, Course, CourseError, Exercise, load_course
 from flash_edu.course.marks import find_regions
 from flash_edu.course.skeletons import holds_answer, make_skeleton, missing_lines, skeleton_of

@@ -3,6 +3,7 @@
     check("4")              a chapter
     check("4.1")            an exercise, also check("4.tiled_attention")
 """
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from pathlib import Path
 from flash_edu.course.answers import answer_folder
 from flash_edu.course.claims import claims_about
 from flash_edu.course.explain import Places
-from flash_edu.course.machine import missing
+from flash_edu.course.hardware import missing
 from flash_edu.course.manifest import Chapter, Course, CourseError, Exercise, load_course
 from flash_edu.course.marks import Region, find_regions
 from flash_edu.course.mistakes import Mistake, load_mistakes
+from flash_edu.course.progress import load_progress
 from flash_edu.course.report import ERROR, FAIL, NOT_RUN, PASS, UNWRITTEN, Claim, Report, Result, held
 
 SECONDS = 120
@@ -64,6 +66,8 @@ def run_check(
         if problem:
             return Report(problem=problem)
         results = tuple(judge(exercise, events, regions, mistakes) for exercise in exercises)
+        if folder == course.root / "exercises":
+            _remember(course, results)
     return Report(results, advice=_advice(results, regions, course, chapter, f"{folder.name}/{chapter.file}"))
 
 
@@ -82,6 +86,16 @@ def _not_begun(
     return tuple(
         Result(exercise, tuple(Claim(text, UNWRITTEN) for text in texts)) for exercise, texts in zip(exercises, claims)
     )
+
+
+def _remember(course: Course, results: tuple[Result, ...]) -> None:
+    """Into the learner's progress. A disk that cannot be written to is no reason to withhold the report."""
+    progress = load_progress(course)
+    for result in results:
+        if result.status != UNWRITTEN:
+            progress.checked(result.exercise, result.status == PASS)
+    with contextlib.suppress(OSError):
+        progress.save()
 
 
 def _must_be_there(course: Course, chapter: Chapter, folder: Path) -> None:
