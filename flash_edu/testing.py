@@ -124,15 +124,37 @@ def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor) -> None:
 
 
 def _describe(name: str, got: Tensor, truth: Tensor, wrong: Tensor, bound: float) -> str:
-    """How much is wrong, and where first."""
+    """How much is wrong, what the wrong values have in common, and where the first ones are."""
     lines = [f"{name}: {int(wrong.sum())} of {wrong.numel()} values are wrong (allowed error {bound:.2g})"]
     for what, count in (("NaN", got.isnan().sum()), ("infinite", (got.isinf() & ~truth.isinf()).sum())):
         if count:
             lines.append(f"{int(count)} of them are {what}")
+    lines += _common_factor(got, truth, bound) or _where(wrong)
     for index in wrong.nonzero()[:3].tolist():
         at = tuple(index)
         lines.append(f"{name}[{', '.join(map(str, index))}] = {got[at].item():.6g}, expected {truth[at].item():.6g}")
     return "\n".join(lines)
+
+
+def _common_factor(got: Tensor, truth: Tensor, bound: float) -> list[str]:
+    """A line if all values are the same multiple of what they should be: a scale is missing, or there twice."""
+    if not got.isfinite().all() or not truth.isfinite().all() or truth.numel() < 4:
+        return []
+    factor = ((got * truth).sum() / (truth * truth).sum()).item()  # least squares
+    if abs(factor - 1) < 0.01 or (got - factor * truth).abs().max() > 2 * max(1.0, abs(factor)) * bound:
+        return []
+    return [f"Every value is {factor:.4g} times what it should be" if abs(factor) > 1e-9 else "Every value is 0"]
+
+
+def _where(wrong: Tensor) -> list[str]:
+    """A line if the wrong values fill only a part of the tensor: some heads, the last rows, the first columns."""
+    parts = []
+    for axis, axis_name in enumerate(("batch", "head", "row", "column")[: wrong.ndim] if wrong.ndim > 2 else ()):
+        hit = wrong.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        first, last, size = hit[0].item(), hit[-1].item(), wrong.shape[axis]
+        if len(hit) == last - first + 1 < size:
+            parts.append(f"{axis_name} {first}" if first == last else f"{axis_name}s {first} to {last}")
+    return [f"Only in {', '.join(parts)}, of a tensor of shape {tuple(wrong.shape)}"] if parts else []
 
 
 def _rounding(truth: Tensor, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from flash_edu.course.answers import PACKAGE
 from flash_edu.course.marks import UNWRITTEN as UNWRITTEN_TEXT
 from flash_edu.course.report import ERROR, FAIL, UNWRITTEN
 
-MOST_LINES = 12
+MOST_LINES = 16
 MOST_FRAMES = 3  # of the learner's own, the innermost ones
 TESTING = Path(__file__).resolve().parents[1] / "testing.py"
 

@@ -179,6 +179,25 @@ class TestTheRuler:
             with pytest.raises(AssertionError, match="values are wrong"):
                 assert_close(name, spoil(plain[name].clone()), right[name], plain[name])
 
+    @pytest.mark.parametrize(
+        "spoil, said",
+        [
+            (lambda x: x * 2, "Every value is 2 times what it should be"),
+            (torch.zeros_like, "Every value is 0"),
+            (lambda x: x.index_fill(2, torch.arange(48, 64), 0.0), "Only in rows 48 to 63, of a tensor of shape (1, 2, 64, 32)"),
+            (lambda x: x.index_fill(1, torch.tensor([1]), 9.0), "Only in head 1, of"),
+            (lambda x: x.index_fill(2, torch.tensor([0]), float("nan")), "64 of them are NaN\nOnly in row 0, of"),
+            (lambda x: x.index_fill(3, torch.arange(8), 9.0), "Only in columns 0 to 7, of"),
+            (lambda x: x.flip(-2), "values are wrong"),
+        ],
+    )
+    def test_what_wrong_values_have_in_common_is_said(self, spoil, said):
+        right, plain = truth(self.case), eager(self.case)
+        with pytest.raises(AssertionError) as error:
+            assert_close("out", spoil(plain["out"].clone()), right["out"], plain["out"])
+        assert said in str(error.value)
+        assert ("Only in" in str(error.value)) == ("Only in" in said)
+
     def test_eager_is_right(self):
         right, plain = truth(self.case), eager(self.case)
         for name in right:
