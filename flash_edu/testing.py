@@ -138,7 +138,7 @@ def _describe(name: str, got: Tensor, truth: Tensor, wrong: Tensor, bound: float
 
 def _common_factor(got: Tensor, truth: Tensor, bound: float) -> list[str]:
     """A line if all values are the same multiple of what they should be: a scale is missing, or there twice."""
-    if not got.isfinite().all() or not truth.isfinite().all() or truth.numel() < 4:
+    if not got.isfinite().all() or not truth.isfinite().all() or truth.numel() < 4 or not truth.any():
         return []
     factor = ((got * truth).sum() / (truth * truth).sum()).item()  # least squares
     if abs(factor - 1) < 0.01 or (got - factor * truth).abs().max() > 2 * max(1.0, abs(factor)) * bound:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from flash_edu.course import bounds
 from flash_edu.course.answers import load_answer
 from flash_edu.course.explain import Places, explain
 from flash_edu.course.manifest import Chapter, Course
@@ -62,7 +63,9 @@ class Workshop:
         arguments = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
         try:
             with _limited(SECONDS_FOR_ONE), contextlib.redirect_stdout(io.StringIO()):
-                item.obj(**arguments | {"answer": load_answer(places.folder, self.chapter.stem)})
+                answer = load_answer(places.folder, self.chapter.stem)
+                with bounds.checked():
+                    item.obj(**arguments | {"answer": answer})
         except TooLong:
             return ERROR, "It did not finish."
         except BaseException as error:  # pytest's own outcomes are no Exceptions

@@ -59,9 +59,20 @@ def explain(error: BaseException, places: Places) -> tuple[str, str]:
         return ERROR, _syntax_error(error, places)
     if isinstance(error, AttributeError) and _is_answer(error.obj):
         return ERROR, f"{places.show(error.obj.__file__)} has no {error.name}. Was it renamed or deleted?"
+    if called := _wrong_call(error, places):
+        return ERROR, called
     if _is_claim(error, places):
         return FAIL, places.clean(str(error)) or _failed_line(error)
     return ERROR, _stopped(chain, places)
+
+
+def _wrong_call(error: BaseException, places: Places) -> str:
+    """If a test's call of the learner's function does not fit its parameters: that, in words; otherwise ""."""
+    fits = re.match(r"(.+)\(\) (takes|got|missing) .+", str(error)) if isinstance(error, TypeError) else None
+    if not fits or not places.claims(_frames(error)[-1].filename):
+        return ""
+    line = f"\n    {_frames(error)[-1].line}"
+    return f"{error}.\nThe check calls it as the skeleton has it: keep the names and the order of the parameters.{line}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -107,7 +118,7 @@ def _syntax_error(error: SyntaxError, places: Places) -> str:
 
 def _stopped(chain: list[BaseException], places: Places) -> str:
     """Something raised, in the learner's code if that can be found, otherwise in the test that used it."""
-    what = places.clean(_what(chain))
+    what = places.clean(_what(chain)) + _memory_ran_out(chain[-1])
     frames = [frame for link in chain for frame in _frames(link) if places.owns(frame.filename)]
     where = [places.line(frame.filename, frame.lineno, frame.name, frame.line) for frame in frames]
     where += _kernel_place(chain, places)
@@ -119,12 +130,20 @@ def _stopped(chain: list[BaseException], places: Places) -> str:
     return f"The check could not use what your code gave back.{none}\n{what}{line}"
 
 
+def _memory_ran_out(cause: BaseException) -> str:
+    said = f"{type(cause).__name__} {cause}".lower()
+    if "outofmemory" in said or "memoryerror" in said or "can't allocate memory" in said or "not enough memory" in said:
+        return "\nThere is not enough memory for this. Is a tensor made that is much larger than the inputs, N x N or larger?"
+    return ""
+
+
 def _what(chain: list[BaseException]) -> str:
     """The first cause in one line, `IndexError: too many indices`."""
     cause = chain[-1]
     if _is_triton(cause):  # the compiler's own words, without its excerpt of the source
         return str(getattr(cause, "error_message", None) or cause)
-    return "".join(traceback.format_exception_only(cause)).strip()
+    said = "".join(traceback.format_exception_only(cause)).strip()
+    return re.sub(r"^[\w.]+\.(?=\w+: )", "", said)  # IndexError, not some.module.IndexError
 
 
 def _kernel_place(chain: list[BaseException], places: Places) -> list[str]:

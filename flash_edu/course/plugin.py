@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flash_edu.course import bounds
 from flash_edu.course.answers import answer_folder
 from flash_edu.course.claims import claim_text
 from flash_edu.course.diagnosis import Suspects, Workshop, same_failure
@@ -77,6 +78,11 @@ class Recorder:
     def pytest_pyfunc_call(self, pyfuncitem):
         # One input that fails settles a claim, and only the first is shown: the others need not run.
         return True if (exercise_of(pyfuncitem), claim_of(pyfuncitem)) in self.failed else None
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        with bounds.checked():
+            return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):

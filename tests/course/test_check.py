@@ -145,6 +145,31 @@ def test_an_exception_is_told_with_the_learners_line_once(wrong):
     )
 
 
+@pytest.mark.parametrize(
+    "load, said",
+    [
+        ("y = tl.load(X + 1000000 + i) * 2", "loads 16 numbers, 16 of them outside of every tensor; the first is 3,999,980 bytes past the end of X. No mask"),
+        ("y = tl.load(X - 9000000 + i, mask=i < N) * 2", "loads 5 numbers, 5 of them outside of every tensor; the first is 36,000,000 bytes before the start"),
+        ("y = tl.load(X + i) * 2", "loads 16 numbers, 11 of them outside of every tensor; the first is 0 bytes past the end of X. No mask"),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_leaves_its_tensors_is_stopped(course, load, said):
+    """Otherwise it reads whatever lies there, or ends Python."""
+    told = only(check(course, changed(load=load)), "1.3")
+    assert f"OutOfBounds: program (0, 0, 0) of double_kernel {said}" in told
+    assert re.search(r"mine/ch01_small.py, line \d+, in double_kernel\n +y = tl.load", told)
+
+
+def test_a_changed_signature_is_told_in_words(course):
+    told = only(check(course, changed(signature="def add(a):")), "1.1")
+    assert "add() takes 1 positional argument but 2 were given.\n        The check calls it as the skeleton has it" in told
+
+
+def test_memory_that_runs_out_is_told(course):
+    told = only(check(course, changed(add="return torch.ones(10**9, 10**9)")), "1.1")
+    assert "There is not enough memory for this. Is a tensor made that is much larger" in told and "mine/ch01_small.py" in told
+
+
 def test_the_report_counts_and_says_what_to_do(wrong):
     assert not wrong.passed and wrong.colour == "red"
     assert wrong.advice == "2 of 9 claims hold. Mend the first FAIL, save, and check again."
