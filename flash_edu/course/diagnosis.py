@@ -49,6 +49,19 @@ class Suspects:
         return True
 
 
+    def acquit(self, item) -> bool:
+        """The answer passed this test: drop those that fail it, as long as somebody is left. True if any was dropped."""
+        kept = []
+        for mistake in self.left:
+            if time.monotonic() > self._until:
+                return False
+            if self._workshop.try_out(mistake, item)[0] == PASS:
+                kept.append(mistake)
+        dropped = bool(kept) and len(kept) < len(self.left)
+        self.left = kept or self.left
+        return dropped
+
+
 class Workshop:
     """Makes mistakes, and runs tests on them in place of the answer."""
 

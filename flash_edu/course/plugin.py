@@ -99,6 +99,8 @@ class Recorder:
                 self.diagnose(item, status, message)
             elif status == PASS and self.make_mistakes:
                 self.kill(item)
+            elif status == PASS:
+                self.acquit(item)
         return report
 
     def outcome(self, call, report):
@@ -112,7 +114,16 @@ class Recorder:
         """Which known mistakes explain this failure, and those before it?"""
         suspects = self.catalogue.suspects(exercise_of(item))
         if suspects.face(item, status, message):
-            self.write("suspects", exercise=exercise_of(item), names=[mistake.name for mistake in suspects.left])
+            self.name(exercise_of(item), suspects)
+
+    def acquit(self, item):
+        """Several mistakes explain what failed so far: does one of them fail here, where the answer passes?"""
+        suspects = self.catalogue.suspects(exercise_of(item))
+        if suspects.inputs and len(suspects.left) > 1 and suspects.acquit(item):
+            self.name(exercise_of(item), suspects)
+
+    def name(self, id, suspects):
+        self.write("suspects", exercise=id, names=[mistake.name for mistake in suspects.left])
 
     def kill(self, item):
         """Make each mistake that no claim has caught yet. Of one that is caught here: who else fails like this?"""

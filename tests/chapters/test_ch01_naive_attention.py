@@ -310,6 +310,9 @@ NAN_GRADIENT = (
     "O is clean, but a NaN lived on the way to it, and 0 * NaN is NaN in the backward too.\n"
     "Put the zeros into the weights, before they are multiplied with V, and hide scores with masked_fill."
 )
+NAN_OUTPUT = (
+    "O itself holds NaN, and the gradients have it from there. Mend O first: which rows of it are NaN?"
+)
 
 
 @pytest.mark.exercise("1.2")
@@ -332,9 +335,7 @@ def test_gradients(answer, nq, nk, causal):
         try:
             assert_close(name, x.grad, right[name], plain[name])
         except AssertionError as wrong:
-            look = (
-                NAN_GRADIENT
-                if x.grad.isnan().any()
-                else "If the claims about O hold, look for a step outside autograd."
-            )
+            look = "If the claims about O hold, look for a step outside autograd."
+            if x.grad.isnan().any():
+                look = NAN_OUTPUT if out.isnan().any() else NAN_GRADIENT
             raise AssertionError(f"{nq} queries, {nk} keys, causal={causal}\n{wrong}\n{look}") from None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 INF = math.inf
+LOWEST = torch.tensor([-3e38, -2e38, -2e38])  # near the lowest fp32 numbers, but finite
 
 
 def rows_like(*shape, spread=4.0, level=0.0, dtype=torch.float32, seed=0):
@@ -55,6 +56,9 @@ def show_blocks(blocks):
         return "blocks " + ", ".join(show(b) for b in blocks)
     widths = ", ".join(str(b.shape[-1]) for b in blocks)
     return f"{len(blocks)} blocks of {widths} columns, rows {tuple(blocks[0].shape[:-1])}"
+
+
+NO_STAND_IN = "No number like -1e4 or -1e9 can stand in for -inf."
 
 
 # 3.1 safe_softmax
@@ -109,6 +113,7 @@ def test_large_scores(answer):
         )
         assert_weights(answer, torch.tensor([1.0, 3.0, 2.0, 5.0]) + level, look)
         assert_weights(answer, rows_like(3, 17, level=level, seed=1), look)
+    assert_weights(answer, LOWEST, f"These scores are finite, so one of them is the maximum. {NO_STAND_IN}")
 
 
 @pytest.mark.exercise("3.1")
@@ -249,6 +254,9 @@ def test_far_from_zero(answer):
         )
         assert_online(answer, list((TOY + level).split(2)), look)
         assert_online(answer, list(rows_like(4, 21, level=level, seed=9).split(5, dim=-1)), look)
+    assert_online(
+        answer, list(LOWEST.split(2)), f"These scores are finite, so m is one of them. {NO_STAND_IN}"
+    )
 
 
 @pytest.mark.exercise("3.2")
@@ -350,6 +358,19 @@ def test_halves(answer):
 
 
 @pytest.mark.exercise("3.3")
+def test_pairs_unchanged(answer):
+    """the pairs are as they were before"""
+    a, b = piece(rows_like(5, 9, seed=14)), piece(rows_like(5, 30, spread=9.0, seed=15))
+    given = [x.clone() for x in (*a, *b)]
+    answer.merge(a, b)
+    for name, x, before in zip(("m_a", "l_a", "m_b", "l_b"), (*a, *b), given):
+        assert x.equal(before), (
+            f"{name} was {show(before)} and is {show(x)} after the call.\n"
+            "An operation whose name ends in _ (mul_, copy_) and *= work in place. Give the result a new name."
+        )
+
+
+@pytest.mark.exercise("3.3")
 def test_swapped(answer):
     """a with b is b with a"""
     a, b = piece(rows_like(5, 9, seed=14)), piece(rows_like(5, 30, spread=9.0, seed=15))
@@ -381,6 +402,8 @@ def test_far_apart(answer):
     look = f"exp(m_a) alone overflows near 1000 and vanishes near -1000. Only ever take exp of a difference.\n{MERGE}"
     for a, b in ((1000.0, 1003.0), (-1000.0, -1002.0), (1000.0, -1000.0), (-500.0, 500.0)):
         assert_merged(answer, TOY + a, rows_like(5, seed=17) + b, look)
+    look = f"The maxima are finite, so m is one of them. {NO_STAND_IN}\n{MERGE}"
+    assert_merged(answer, LOWEST[:1], LOWEST[1:], look)
 
 
 @pytest.mark.exercise("3.3")
@@ -406,31 +429,29 @@ def test_double_precision_merge(answer):
 @pytest.mark.exercise("3.3")
 def test_empty_piece(answer):
     """an empty piece, (-inf, 0), changes nothing"""
-    full, empty = piece(rows_like(3, 8, seed=20)), (torch.full((3,), -INF), torch.zeros(3))
-    for name, got in (
-        ("merge(a, empty)", answer.merge(full, empty)),
-        ("merge(empty, a)", answer.merge(empty, full)),
-    ):
-        for part, x, want in zip("ml", got, full):
-            assert x.equal(want), (
-                f"{name} gives {part} = {show(x)}, expected that of a: {show(want)}.\n"
-                "exp(-inf - m) is 0 and exp(m - m) is 1: the formula needs no special case for one empty piece."
-            )
+    for level in (0.0, -1000.0, 1000.0):
+        full = piece(rows_like(3, 8, level=level, seed=20))
+        empty = (torch.full((3,), -INF), torch.zeros(3))
+        for name, got in (
+            ("merge(a, empty)", answer.merge(full, empty)),
+            ("merge(empty, a)", answer.merge(empty, full)),
+        ):
+            for part, x, want in zip("ml", got, full):
+                assert x.equal(want), (
+                    f"{name} gives {part} = {show(x)}, expected that of a: {show(want)}. Its m is {show(full[0])}.\n"
+                    "exp(-inf - m) is 0 and exp(m - m) is 1: the formula needs no special case for one empty piece.\n"
+                    "Only what is subtracted is anchored, never m_a or m_b."
+                )
 
 
 @pytest.mark.exercise("3.3")
 def test_two_empty_pieces(answer):
     """two empty pieces make an empty piece, not NaN"""
-    full = piece(rows_like(2, 8, seed=21))
-    a, b = (x.clone() for x in full), (x.clone() for x in full)
-    (m_a, l_a), (m_b, l_b) = a, b
-    m_a[1] = m_b[1] = -INF  # row 1 is empty in both, row 0 in neither
-    l_a[1] = l_b[1] = 0.0
-    m, l = answer.merge((m_a, l_a), (m_b, l_b))
-    assert m[1] == -INF and l[1] == 0, (
-        f"two empty pieces give m = {show(m[1])}, l = {show(l[1])}, expected m = -inf, l = 0.\n"
-        "The larger maximum is -inf here, and -inf - (-inf) is NaN: subtract anchor(m) instead of m."
+    a, b = rows_like(2, 8, seed=21), rows_like(2, 5, seed=23)
+    a[1] = b[1] = -INF  # row 1 is empty in both, row 0 in neither
+    look = (
+        "Row 1 is empty in both pieces. The larger maximum is -inf there, and -inf - (-inf) is NaN:\n"
+        "subtract anchor(m) instead of m."
     )
-    assert m[0] == full[0][0] and torch.isclose(l[0], 2 * full[1][0]), (
-        "the row beside the empty one came out wrong."
-    )
+    assert_merged(answer, a, b, look)
+    assert_merged(answer, torch.full((4,), -INF), torch.full((3,), -INF), look.replace("Row 1", "The row"))

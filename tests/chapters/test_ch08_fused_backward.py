@@ -351,11 +351,12 @@ def test_dkdv_of_a_sum(answer):
 
 @pytest.mark.exercise("8.2")
 @pytest.mark.parametrize(
-    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 16, 16)]
+    "nq, nk, block_m, block_n",
+    [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 16, 16), (48, 46, 16, 16)],
 )
 def test_dkdv_causal(answer, nq, nk, block_m, block_n):
     """causal, with fewer queries than keys, and with more"""
-    look = f"Nk - Nq = {nk - nq}. {RULE}\nKey j is first seen by query j + Nq - Nk, or by query 0: the walk begins at the tile of that query."
+    look = f"Nk - Nq = {nk - nq}. {RULE}\nKey j is first seen by query j + Nq - Nk, or by query 0: the walk begins at the tile of that query.\nA tile needs its mask unless its first query sees my last key."
     judge_dkdv(answer, case_of(nq, nk, heads=1, causal=True), look, block_m, block_n)
 
 
@@ -538,11 +539,12 @@ def test_dq_strides(answer, order):
 
 @pytest.mark.exercise("8.3")
 @pytest.mark.parametrize(
-    "nq, nk, block_m, block_n", [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 32, 16)]
+    "nq, nk, block_m, block_n",
+    [(48, 48, 16, 16), (32, 96, 16, 32), (16, 64, 32, 16), (64, 32, 32, 16), (48, 46, 16, 16)],
 )
 def test_dq_causal(answer, nq, nk, block_m, block_n):
     """causal, with fewer queries than keys, and with more: a query that sees nothing has dQ = 0"""
-    look = f"Nk - Nq = {nk - nq}. {RULE}\nThe walk ends where the forward's does: at (i + 1) * BLOCK_M + Nk - Nq, or at Nk."
+    look = f"Nk - Nq = {nk - nq}. {RULE}\nThe walk ends where the forward's does: at (i + 1) * BLOCK_M + Nk - Nq, or at Nk.\nA tile needs its mask unless my first row sees its last key."
     judge_dq(answer, case_of(nq, nk, heads=1, causal=True), look, block_m, block_n)
 
 
@@ -579,7 +581,7 @@ def test_dq_primes(answer, nq, nk, causal):
 
 
 @pytest.mark.exercise("8.3")
-@pytest.mark.parametrize("nk", [19, 3])
+@pytest.mark.parametrize("nk", [19, 3, 31])
 def test_dq_ragged_below_zero(answer, nk):
     """a key that does not exist stays out, even where all scores are far below zero"""
     case = case_of(16, nk)

@@ -6,6 +6,7 @@ torch.compile, autocast, checkpointing, and the hooks that see what autograd sav
 
 import contextlib
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,12 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_edu import MultiHeadFlashAttention
 from flash_edu.course import device, on_gpu
+from flash_edu.course.answers import answer_folder, load_answer
 from flash_edu.models import GPTDecoder
 from flash_edu.reference import naive_attention
 from flash_edu.testing import assert_close, eager, make_case, truth
 
 SCALE = 0.3  # not 1 / sqrt(D): a scale that is dropped on the way must show
 COMPILER = "inductor" if on_gpu else "aot_eager"
+
+
+@pytest.fixture
+def answer(request):
+    """Loaded anew if another folder was loaded since: operators of one name replace one another in PyTorch's table."""
+    folder = answer_folder(
+        request.config.getoption("--target", "solutions"), Path(__file__).resolve().parents[2]
+    )
+    return load_answer(folder, "ch09_module")
 
 
 def case_of(nq=20, nk=37, dtype=torch.float32, causal=True, batch=2, d=16):
@@ -138,7 +149,8 @@ def test_forward_is_the_kernel(answer):
     )
     for name, x, given in zip("qkv", kernel.call_args.args, (q, k, v)):
         assert x.data_ptr() == given.data_ptr(), (
-            f"{name} was copied before the kernel saw it. The kernel reads any strides: hand {name} over as it is."
+            f"{name} was copied before the kernel saw it: strides {given.stride()} became {x.stride()}, and its first number,\n"
+            f"{given.flatten()[0]:.4g}, became {x.flatten()[0]:.4g}. The kernel reads any strides: hand {name} over as it is."
         )
 
 
@@ -342,6 +354,18 @@ def test_function(answer, causal, scale):
 
 
 @pytest.mark.exercise("9.3")
+def test_scale_0(answer):
+    """a scale of 0 is a scale: every key counts the same"""
+    q, k, v = qkv(nq=3, nk=5)
+    out, mean = attend(answer, q, k, v, scale=0.0), v.mean(dim=2, keepdim=True)
+    wrong = (out - mean).abs().max()
+    assert wrong < 1e-5, (
+        f"scale = 0.0: out[0, 0, 0, 0] = {out[0, 0, 0, 0]:.5g}, expected {mean[0, 0, 0, 0]:.5g}, the mean of v's column.\n"
+        "Only None means 1 / sqrt(D). 0.0 is false for `or` and for `if`: compare with `is None`."
+    )
+
+
+@pytest.mark.exercise("9.3")
 def test_no_copies(answer):
     """views are handed to the kernel as they are: nothing is copied"""
     inputs = qkv()
@@ -420,9 +444,9 @@ def test_autocast_dtype(answer):
             assert out.dtype == torch.bfloat16, f"autocast asks for bfloat16, and out is {out.dtype}."
             return
         with pytest.raises(Exception) as caught:  # noqa: B017  which error it is, is judged below
-            attend(answer, *inputs)
+            out = attend(answer, *inputs)
             pytest.fail(
-                "Autocast asks for bfloat16, on a CPU, and no error came. Take the dtype from\n"
+                f"Autocast asks for bfloat16, on a CPU. No error came, and out is {str(out.dtype)[6:]}. Take the dtype from\n"
                 "torch.get_autocast_dtype, and check after the cast: here bfloat16 is to be refused."
             )
     if not isinstance(caught.value, ValueError):
@@ -635,7 +659,8 @@ def test_module_views(answer):
         assert tuple(x.shape) == want, f"{name} has shape {tuple(x.shape)}; (B, H, N, D) is {want}."
         strides = (N * D_MODEL, D_MODEL // HEADS, D_MODEL, 1)
         assert x.stride() == strides, (
-            f"{name} has strides {x.stride()}. A view of the projection has {strides}:\n"
+            f"{name} is a {'copy' if x._base is None else 'view'}, with strides {x.stride()}. A view of the projection, cut into\n"
+            f"(B, N, H, D) and with N and H exchanged, has {strides}:\n"
             "the next token is d_model numbers away, the next head D. .view and .transpose copy nothing."
         )
 

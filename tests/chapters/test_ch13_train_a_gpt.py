@@ -372,8 +372,8 @@ def test_nothing_is_copied(answer, d):
         answer.attention(*given)
     for name, x in zip("qkv", given):
         assert calls[0][name].data_ptr() == x.data_ptr(), (
-            f"D = {d} needs no padding, and yet {name} was copied. F.pad copies even when it adds nothing,\n"
-            "and so does .contiguous() here: the kernels read any strides."
+            f"D = {d} needs no padding, and yet the kernels got a copy of {name}, with D = {calls[0][name].shape[-1]}. F.pad copies\n"
+            "even when it adds nothing, and so does .contiguous() here: the kernels read any strides."
         )
 
 

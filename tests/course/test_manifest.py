@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flash_edu.course import device, machine, on_gpu, size, toy
+from flash_edu.course.readme import with_table
 from flash_edu.course.manifest import CourseError, course_root, load_course
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,3 +204,8 @@ def test_importing_the_course_loads_no_more_than_it_must():
     new = set(run.stdout.split())
     assert "flash_edu.course" in new
     assert not new & {"pytest", "matplotlib", "rich", "typer", "IPython", "torch.optim", "triton"}
+
+
+def test_the_readme_shows_the_chapters_of_the_manifest():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_table(readme, load_course(ROOT)) == readme, "run: python -m flash_edu.course.readme"

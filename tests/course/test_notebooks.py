@@ -15,10 +15,13 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from flash_edu.course.judging import run_check
 from flash_edu.course.manifest import load_course
 from flash_edu.course.notebooks import METADATA, main, normalise, to_text
+from flash_edu.course.skeletons import skeleton_of
 
 ROOT = Path(__file__).resolve().parents[2]
+COURSE = load_course(ROOT)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES = 2**20
 CHECKED = "nbval-check-output"
@@ -396,3 +399,27 @@ def test_a_run_that_is_not_clean_is_not_stored(source, said, tmp_path, capsys):
     assert stop.value.code and path.read_text() == before
     printed = capsys.readouterr().out
     assert said in printed and "cell 2 (00-1)" in printed
+
+
+def untouched_exercises(tmp_path):
+    """As they come, whatever this machine's reader has written into theirs."""
+    folder = tmp_path / "exercises"
+    folder.mkdir()
+    for chapter in COURSE.chapters:
+        if chapter.exercises:
+            (folder / chapter.file).write_text(skeleton_of(chapter, COURSE), encoding="utf-8")
+    return folder
+
+
+def test_the_stored_boxes_are_what_an_untouched_check_says(tmp_path):
+    """A new claim, or other words, must reach the notebooks: they are read where nothing runs."""
+    folder, compared = untouched_exercises(tmp_path), 0
+    for chapter in COURSE.chapters:
+        for cell in nbformat.read(ROOT / "notebooks" / chapter.notebook, as_version=4).cells:
+            asked = re.fullmatch(r'check\("([\d.]+)"\)', cell.source.strip())
+            if asked:
+                (box,) = [output for output in cell.outputs if "data" in output]
+                said = run_check(asked[1], target=str(folder)).text()
+                assert box.data["text/plain"] == said, f"{chapter.notebook}, {cell.source}: store its output again"
+                compared += 1
+    assert compared >= len(COURSE.exercises)
