@@ -16,8 +16,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "exercise(id): the exercise that a claim belongs to")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def answer(request):
-    """The module that is judged: test_ch04_tiled_attention.py judges ch04_tiled_attention.py."""
+    """The module that is judged: test_ch04_tiled_attention.py judges ch04_tiled_attention.py.
+
+    Asked for anew by each test: between two, known mistakes may have been loaded in its place, and with them the operators
+    that chapter 09 registers by name. Loading it again costs nothing if nobody did.
+    """
     folder = answer_folder(request.config.getoption("--target", "solutions"), ROOT)
     return load_answer(folder, request.path.stem.removeprefix("test_"))

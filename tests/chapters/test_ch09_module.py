@@ -6,7 +6,6 @@ torch.compile, autocast, checkpointing, and the hooks that see what autograd sav
 
 import contextlib
 import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,22 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_edu import MultiHeadFlashAttention
 from flash_edu.course import device, on_gpu
-from flash_edu.course.answers import answer_folder, load_answer
 from flash_edu.models import GPTDecoder
 from flash_edu.reference import naive_attention
 from flash_edu.testing import assert_close, eager, make_case, truth
 
 SCALE = 0.3  # not 1 / sqrt(D): a scale that is dropped on the way must show
 COMPILER = "inductor" if on_gpu else "aot_eager"
-
-
-@pytest.fixture
-def answer(request):
-    """Loaded anew if another folder was loaded since: operators of one name replace one another in PyTorch's table."""
-    folder = answer_folder(
-        request.config.getoption("--target", "solutions"), Path(__file__).resolve().parents[2]
-    )
-    return load_answer(folder, "ch09_module")
 
 
 def case_of(nq=20, nk=37, dtype=torch.float32, causal=True, batch=2, d=16):
