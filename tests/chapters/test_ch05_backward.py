@@ -401,7 +401,10 @@ def judge_pass(answer, which, case, block_q, block_k, look):
 @both_passes
 def test_one_tile(answer, which):
     """when one tile holds everything, it is the formulas"""
-    look = "There is one tile of each, so the loops do not matter: P, dP, dS, and the gradients, added once."
+    look = (
+        "There is one tile of each, larger than both: P, dP, dS, and the gradients, added once. All zeros? Then it was never "
+        "visited: a count of tiles is rounded up."
+    )
     judge_pass(answer, which, solved(12, 20, 8, 5), 32, 32, look)
 
 
