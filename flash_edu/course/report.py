@@ -116,14 +116,14 @@ def held(results: tuple[Result, ...]) -> str:
 
 
 def _details(result: Result) -> list[Line]:
-    lines = [Line(_title(result))]
+    lines = [Line(_title(result)), *_diagnosis(result)]
     said = set()
     for claim in result.claims:
         lines.append(Line(claim.text, f"  {LABELS[claim.status]}  ", _COLOUR_OF[claim.status]))
         message = "as above" if claim.message in said else claim.message
         said.add(claim.message)
         lines += [Line(" " * 8 + text) for text in message.splitlines()] if claim.message else []
-    return lines + _diagnosis(result)
+    return lines
 
 
 def _diagnosis(result: Result) -> list[Line]:
@@ -131,11 +131,11 @@ def _diagnosis(result: Result) -> list[Line]:
     if not result.diagnosed:
         return []
     if not result.suspects:
-        return [Line("  No mistake that we know gives exactly this. The numbers above say where it begins.")]
+        return [Line("  No mistake that we know gives exactly this. The numbers below say where it begins.")]
     several = len(result.suspects) > 1
     lines = [Line("  Each of these mistakes gives exactly this:" if several else "  This is what you get when")]
     for mistake in result.suspects:
-        lines.append(Line(mistake.name + ".", "    ", ""))
+        lines.append(Line(f"    {mistake.name}."))
         lines += [Line(" " * 8 + text) for text in textwrap.wrap(mistake.explanation, 100)]
         lines.append(Line(f'        See "{mistake.see}" in the notebook.'))
     return lines

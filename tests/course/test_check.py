@@ -148,15 +148,15 @@ def test_an_exception_is_told_with_the_learners_line_once(wrong):
 @pytest.mark.parametrize(
     "load, said",
     [
-        ("y = tl.load(X + 1000000 + i) * 2", "loads 16 numbers, 16 of them outside of every tensor; the first is 3,999,980 bytes past the end of X. No mask"),
-        ("y = tl.load(X - 9000000 + i, mask=i < N) * 2", "loads 5 numbers, 5 of them outside of every tensor; the first is 36,000,000 bytes before the start"),
-        ("y = tl.load(X + i) * 2", "loads 16 numbers, 11 of them outside of every tensor; the first is 0 bytes past the end of X. No mask"),
+        ("y = tl.load(X + 1000000 + i) * 2", r"loads 16 numbers, 16 of them outside of every tensor; .+ past the end of [XY]\. No mask"),
+        ("y = tl.load(X - 9000000 + i, mask=i < N) * 2", r"loads 5 numbers, 5 of them outside of every tensor; .+ before the start of [XY]\. Its"),
+        ("y = tl.load(X + i) * 2", r"loads 16 numbers, 11 of them outside of every tensor; the first is 0 bytes past the end of X\. No mask"),
     ],
 )  # fmt: skip
 def test_a_kernel_that_leaves_its_tensors_is_stopped(course, load, said):
     """Otherwise it reads whatever lies there, or ends Python."""
     told = only(check(course, changed(load=load)), "1.3")
-    assert f"OutOfBounds: program (0, 0, 0) of double_kernel {said}" in told
+    assert re.search(r"OutOfBounds: program \(0, 0, 0\) of double_kernel " + said, told)
     assert re.search(r"mine/ch01_small.py, line \d+, in double_kernel\n +y = tl.load", told)
 
 

@@ -63,7 +63,8 @@ def test_who_is_named(course, what, lines, names):
 def test_what_the_report_says(course):
     named = check(course, changed(add="return a + -b"), "1.1").text()
     assert "  This is what you get when\n    b is subtracted.\n        Why it is wrong. What to look at.\n" in named
-    assert 'See "Heading" in the notebook.' in named
+    assert 'See "Heading" in the notebook.' in named and named.index("b is subtracted") < named.index("FAIL")
+    assert "b is subtracted." in check(course, changed(add="return a + -b"), "1.1").html()
     several = check(course, changed(add="return b + a + b"), "1.1").text()
     assert "Each of these mistakes gives exactly this:" in several and several.count("Why it is wrong") == 2
     unknown = check(course, changed(add="return a + b + 0.001"), "1.1").text()
