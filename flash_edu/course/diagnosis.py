@@ -48,7 +48,6 @@ class Suspects:
         self.left, self.inputs = kept, self.inputs + 1
         return True
 
-
     def acquit(self, item) -> bool:
         """The answer passed this test: drop those that fail it, as long as somebody is left. True if any was dropped."""
         kept = []

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_course import EXERCISE
 import torch
 
 from flash_edu.course import device, machine, on_gpu, size, toy
@@ -24,17 +25,6 @@ minutes = 5
 notebook = "{number:02d}_adding.ipynb"
 needs = ["torch"]
 """
-EXERCISE = """
-[[exercise]]
-id = "{id}"
-chapter = {chapter}
-name = "{name}"
-function = "{name}"
-minutes = 5
-difficulty = 1
-needs = ["torch"]
-hints = ["One.", "Two."]
-"""
 
 
 def write_course(root: Path, text: str) -> Path:
@@ -45,7 +35,7 @@ def write_course(root: Path, text: str) -> Path:
 
 def small_course(root: Path) -> Path:
     names = [("2.2", 2, "twice"), ("2.1", 2, "add"), ("2.10", 2, "many"), ("3.1", 3, "add")]
-    exercises = [EXERCISE.format(id=id, chapter=chapter, name=name) for id, chapter, name in names]
+    exercises = [EXERCISE.format(id=id, chapter=chapter, name=name, function=name) for id, chapter, name in names]
     return write_course(root, CHAPTER.format(number=3) + CHAPTER.format(number=2) + "".join(exercises))
 
 
@@ -138,7 +128,7 @@ def test_missing_files_are_named(tmp_path):
 # --- refusing ----------------------------------------------------------------------------------------------
 
 
-GOOD = CHAPTER.format(number=2) + EXERCISE.format(id="2.1", chapter=2, name="add")
+GOOD = CHAPTER.format(number=2) + EXERCISE.format(id="2.1", chapter=2, name="add", function="add")
 
 
 @pytest.mark.parametrize(
