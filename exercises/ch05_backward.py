@@ -203,3 +203,20 @@ def tiled_backward(
     # your code here (about 6 lines)
     raise NotImplementedError("5.10 tiled_backward is not written yet")
     # end of your code
+
+
+def grouped_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """5.11  The backward when several query heads share a head of keys and values (grouped-query attention).
+
+    dout and out (B, Hq, Nq, Dv), q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), lse (B, Hq, Nq)
+    -> dq, dk, dv, shaped like q, k, v. Hq is a multiple of Hkv; the options are those of tiled_backward.
+
+    With group = Hq / Hkv, query heads 0 .. group - 1 read key head 0, the next `group` of them key head 1, and so on:
+        dK_h = sum of dK over the query heads that read h, and so for dV      (Ainslie et al. 2023, section 2.2)
+    """
+    group = q.shape[1] // k.shape[1]
+    # your code here (about 4 lines)
+    raise NotImplementedError("5.11 grouped_backward is not written yet")
+    # end of your code

@@ -111,8 +111,12 @@ def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float =
     return {name: x.to(case.q.dtype) for name, x in (heads | grouped).items()}
 
 
-def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor) -> None:
-    """Raise AssertionError, in words, unless `got` is as near to `truth` as the module's rule asks."""
+def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, *, tile: int | None = None) -> None:
+    """Raise AssertionError, in words, unless `got` is as near to `truth` as the module's rule asks.
+
+    tile: rows are computed in tiles of so many, so the words may speak of tiles. Rows are axis -2 of (B, H, N, D), and the
+    last axis of (B, H, N).
+    """
     if got.shape != truth.shape:
         raise AssertionError(f"{name} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}")
     got, truth, eager = got.detach().double(), truth.detach().double(), eager.detach()
@@ -120,16 +124,16 @@ def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor) -> None:
     error = (got - truth).abs()
     wrong = ~(error <= bound) & (got != truth)  # not <=: NaN is wrong, equal infinities are right
     if wrong.any():
-        raise AssertionError(_describe(name, got, truth, wrong, bound))
+        raise AssertionError(_describe(name, got, truth, wrong, bound, tile))
 
 
-def _describe(name: str, got: Tensor, truth: Tensor, wrong: Tensor, bound: float) -> str:
+def _describe(name: str, got: Tensor, truth: Tensor, wrong: Tensor, bound: float, tile: int | None) -> str:
     """How much is wrong, what the wrong values have in common, and where the first ones are."""
     lines = [f"{name}: {int(wrong.sum())} of {wrong.numel()} values are wrong (allowed error {bound:.2g})"]
     for what, count in (("NaN", got.isnan().sum()), ("infinite", (got.isinf() & ~truth.isinf()).sum())):
         if count:
             lines.append(f"{int(count)} of them are {what}")
-    lines += _common_factor(got, truth, bound) or _where(wrong)
+    lines += _common_factor(got, truth, bound) or [*_where(wrong), *_which_tiles(wrong, tile), *_only_hidden(truth, wrong)]
     for index in wrong.nonzero()[:3].tolist():
         at = tuple(index)
         lines.append(f"{name}[{', '.join(map(str, index))}] = {got[at].item():.6g}, expected {truth[at].item():.6g}")
@@ -155,6 +159,30 @@ def _where(wrong: Tensor) -> list[str]:
         if len(hit) == last - first + 1 < size:
             parts.append(f"{axis_name} {first}" if first == last else f"{axis_name}s {first} to {last}")
     return [f"Only in {', '.join(parts)}, of a tensor of shape {tuple(wrong.shape)}"] if parts else []
+
+
+def _which_tiles(wrong: Tensor, tile: int | None) -> list[str]:
+    """A line if the wrong rows fill only some of the tiles."""
+    if tile is None or wrong.ndim not in (3, 4):
+        return []
+    rows = wrong.movedim(2, 0).flatten(1).any(1)
+    tiles = [start // tile for start in range(0, len(rows), tile) if rows[start : start + tile].any()]
+    count = -(-len(rows) // tile)
+    if len(tiles) == count:
+        return []
+    if tiles == [count - 1]:
+        ragged = f", which {len(rows) % tile} rows do not fill" if len(rows) % tile else ""
+        return [f"Only in the last of the {count} tiles of {tile} rows{ragged}"]
+    said = ", ".join(map(str, tiles[:8])) + ", ..." * (len(tiles) > 8)
+    return [f"Only in tile{'s' * (len(tiles) > 1)} {said} of {count} (0 to {count - 1}, {tile} rows each)"]
+
+
+def _only_hidden(truth: Tensor, wrong: Tensor) -> list[str]:
+    """A line if just those values are wrong that should be 0 or -inf: something hidden is seen."""
+    hidden = (truth == 0) | (truth == -torch.inf)
+    if hidden.all() or (wrong & ~hidden).any():
+        return []
+    return [f"Only where nothing is to be seen, and the value should be {'0' if (truth == 0).any() else '-inf'}"]
 
 
 def _rounding(truth: Tensor, dtype: torch.dtype) -> float:

@@ -239,3 +239,23 @@ def tiled_backward(
     dq = query_pass(dout, q, k, v, lse, delta, **options)
     return dq, dk, dv
     # end of your code
+
+
+def grouped_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """5.11  The backward when several query heads share a head of keys and values (grouped-query attention).
+
+    dout and out (B, Hq, Nq, Dv), q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv), lse (B, Hq, Nq)
+    -> dq, dk, dv, shaped like q, k, v. Hq is a multiple of Hkv; the options are those of tiled_backward.
+
+    With group = Hq / Hkv, query heads 0 .. group - 1 read key head 0, the next `group` of them key head 1, and so on:
+        dK_h = sum of dK over the query heads that read h, and so for dV      (Ainslie et al. 2023, section 2.2)
+    """
+    group = q.shape[1] // k.shape[1]
+    # your code here (about 4 lines)
+    wide = [x.repeat_interleave(group, dim=1) for x in (k, v)]  # (B, Hq, Nk, ...), a copy for each query head
+    dq, dk, dv = tiled_backward(dout, q, *wide, out, lse, **options)
+    dk, dv = (dx.unflatten(1, (-1, group)).sum(dim=2) for dx in (dk, dv))  # (B, Hkv, Nk, ...)
+    return dq, dk, dv
+    # end of your code

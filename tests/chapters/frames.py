@@ -1,4 +1,5 @@
-"""Memory full of NaN around a kernel's tensors: a read outside its inputs, and an output left unwritten, show as NaN."""
+"""What surrounds the tensors of an answer. Inputs are left as they were; and around a kernel's tensors, memory is full of NaN:
+a read outside its inputs, and an output left unwritten, show."""
 
 import contextlib
 from unittest import mock
@@ -6,6 +7,18 @@ from unittest import mock
 import torch
 
 FENCE = 1 << 14  # elements on either side of an output: more than the largest tile of the tests
+
+
+@contextlib.contextmanager
+def left_alone(who, **inputs):
+    """Inside, `who` is called; on leaving, its inputs must hold what they held."""
+    before = {name: x.clone() for name, x in inputs.items()}
+    yield
+    for name, x in before.items():
+        assert torch.allclose(x, inputs[name], rtol=0, atol=0, equal_nan=True), (
+            f"{who} changed its input {name}. `x -= y`, and functions whose name ends in _, write into the caller's tensor,\n"
+            "which it still needs; `x = x - y` makes a new one. A kernel may store into its outputs alone."
+        )
 
 
 def framed(x):

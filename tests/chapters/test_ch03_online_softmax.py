@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from frames import left_alone
 
 INF = math.inf
 LOWEST = torch.tensor([-3e38, -2e38, -2e38])  # near the lowest fp32 numbers, but finite
@@ -77,8 +78,8 @@ def softmax_roundings(scores):
 
 def assert_weights(answer, scores, look):
     """The weights are right to a few roundings, and the scores are untouched."""
-    given = scores.clone()
-    got = answer.safe_softmax(given)
+    with left_alone("safe_softmax", scores=scores):
+        got = answer.safe_softmax(scores)
     asked = f"safe_softmax({show(scores)})" if scores.dim() == 1 else f"scores of shape {tuple(scores.shape)}"
     assert isinstance(got, torch.Tensor), f"safe_softmax returned {type(got).__name__}, expected one tensor."
     try:
@@ -87,10 +88,6 @@ def assert_weights(answer, scores, look):
         raise AssertionError(f"{asked}\n{wrong}\n{look}") from None
     assert got.dtype == scores.dtype, (
         f"{scores.dtype} scores gave {got.dtype} weights. Keep the dtype of the scores."
-    )
-    assert given.equal(scores), (
-        "your function changed the scores it was given.\n"
-        "An operation whose name ends in _ (sub_, exp_) and -= work in place. Use sub, exp and a new name."
     )
 
 
@@ -197,12 +194,9 @@ def assert_pair(got, scores, asked, look):
 
 def assert_online(answer, blocks, look):
     """online_softmax(blocks) is the pair of the blocks put side by side."""
-    copies = [b.clone() for b in blocks]
-    assert_pair(answer.online_softmax(copies), torch.cat(blocks, dim=-1), show_blocks(blocks), look)
-    for copy, block in zip(copies, blocks):
-        assert copy.equal(block), (
-            "your function changed a block it was given. Use sub and exp, not sub_ and exp_."
-        )
+    with left_alone("online_softmax", **{f"block {i}": block for i, block in enumerate(blocks)}):
+        pair = answer.online_softmax(blocks)
+    assert_pair(pair, torch.cat(blocks, dim=-1), show_blocks(blocks), look)
 
 
 TOY = torch.tensor([1.0, 3.0, 2.0, 5.0])
@@ -361,13 +355,8 @@ def test_halves(answer):
 def test_pairs_unchanged(answer):
     """the pairs are as they were before"""
     a, b = piece(rows_like(5, 9, seed=14)), piece(rows_like(5, 30, spread=9.0, seed=15))
-    given = [x.clone() for x in (*a, *b)]
-    answer.merge(a, b)
-    for name, x, before in zip(("m_a", "l_a", "m_b", "l_b"), (*a, *b), given):
-        assert x.equal(before), (
-            f"{name} was {show(before)} and is {show(x)} after the call.\n"
-            "An operation whose name ends in _ (mul_, copy_) and *= work in place. Give the result a new name."
-        )
+    with left_alone("merge", m_a=a[0], l_a=a[1], m_b=b[0], l_b=b[1]):
+        answer.merge(a, b)
 
 
 @pytest.mark.exercise("3.3")

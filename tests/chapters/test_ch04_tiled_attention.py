@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from frames import left_alone
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_edu.figures import largest_allocation, peak_memory, watch
@@ -16,32 +17,27 @@ INF = math.inf
 STEP = 'See "One row, two blocks of keys": the step for one row, and every tile does the same.'
 
 
-def assert_near(name, got, want, plain):
+def assert_near(name, got, want, plain, tile=None):
     """assert_close, but on few numbers plain PyTorch may be lucky: a few roundings of the truth are always allowed."""
     rounded = want * (1 + 8 * torch.finfo(plain.dtype).eps)
     error, few = (
         (x.double() - want).nan_to_num(0.0).abs().amax() if x.numel() else 0 for x in (plain, rounded)
     )
-    assert_close(name, got, want, plain if error > few else rounded.to(plain.dtype))
+    assert_close(name, got, want, plain if error > few else rounded.to(plain.dtype), tile=tile)
 
 
 def tiled(answer, case, block_q, block_k):
     """(out, lse) of the answer, and a line that says what was asked. Inputs must come back unchanged."""
-    q, k, v = (x.clone() for x in (case.q, case.k, case.v))
-    got = answer.tiled_attention(
-        q, k, v, causal=case.causal, scale=case.scale, block_q=block_q, block_k=block_k
-    )
+    options = {"causal": case.causal, "scale": case.scale, "block_q": block_q, "block_k": block_k}
+    with left_alone("tiled_attention", q=case.q, k=case.k, v=case.v):
+        got = answer.tiled_attention(case.q, case.k, case.v, **options)
     asked = (
-        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, block_q={block_q}, block_k={block_k}"
+        f"q {tuple(case.q.shape)}, k {tuple(case.k.shape)}, v {tuple(case.v.shape)}, block_q={block_q}, block_k={block_k}"
     )
     asked += ", causal=True" * case.causal + f", scale={case.scale}" * (case.scale is not None)
     assert isinstance(got, (tuple, list)) and len(got) == 2, (
         f"{asked}\ntiled_attention returned {type(got).__name__}, expected a pair (out, lse)."
     )
-    for name, x, before in zip("qkv", (q, k, v), (case.q, case.k, case.v)):
-        assert x.equal(before), (
-            f"{asked}\n{name} was changed by the call. Does an operation work in place, like mul_ or -=?"
-        )
     return *got, asked
 
 
@@ -50,8 +46,8 @@ def assert_attention(answer, case, block_q, block_k, look):
     out, lse, asked = tiled(answer, case, block_q, block_k)
     want, plain = truth(case), eager(case)
     try:
-        assert_near("O", out, want["out"], plain["out"])
-        assert_near("L", lse, want["lse"], plain["lse"])
+        assert_near("O", out, want["out"], plain["out"], tile=block_q)
+        assert_near("L", lse, want["lse"], plain["lse"], tile=block_q)
     except AssertionError as wrong:
         raise AssertionError(f"{asked}\n{wrong}\n{first_of_lse(lse, want['lse'])}{look}") from None
 
@@ -466,7 +462,9 @@ def test_two_sets_of_keys(answer, cut):
     """attention over two sets of keys, merged, is attention over all of them"""
     case = make_case(2, 3, nq=21, nk=48, d=16, hot=3.0, seed=cut)
     a, b = halves(case, [cut])
-    assert_merged(answer.merge_attention(*a, *b), case, f"48 keys, cut before key {cut}", SHARES)
+    with left_alone("merge_attention", out_a=a[0], lse_a=a[1], out_b=b[0], lse_b=b[1]):
+        got = answer.merge_attention(*a, *b)
+    assert_merged(got, case, f"48 keys, cut before key {cut}", SHARES)
     assert_merged(
         answer.merge_attention(*b, *a), case, f"48 keys, cut before key {cut}, the second set first", SHARES
     )

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from frames import left_alone
 
 from flash_edu.figures import largest_allocation, watch
 from flash_edu.reference import causal_mask, naive_attention_with_lse
-from flash_edu.testing import assert_close, make_case, truth
+from flash_edu.testing import assert_close, eager, make_case, truth
 
 SHAPES = [(4, 4, 3, 2), (7, 13, 5, 11), (31, 6, 16, 4), (1, 9, 2, 7), (10, 1, 3, 3)]  # Nq, Nk, D, Dv
 BLOCKS = [(16, 16), (8, 32), (32, 8), (7, 11), (128, 128)]  # queries, keys
@@ -29,21 +30,16 @@ def one_thread():
 
 def ask(function, **inputs):
     """Call the learner's function, and see that it left its inputs alone."""
-    before = {name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-    got = function(**inputs)
-    for name, x in before.items():
-        assert x.equal(inputs[name]), (
-            f"{function.__name__} changed its input {name}. `x -= y` and functions that end in _ write into\n"
-            "the caller's tensor, which the next step still needs; `x = x - y` makes a new one."
-        )
-    return got
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+    with left_alone(function.__name__, **tensors):
+        return function(**inputs)
 
 
-def judge(name, got, right, look, plain=None):
+def judge(name, got, right, look, plain=None, tile=None):
     """`got` is as near to the truth as its rounding to fp32 is; or as near as `plain`, if given."""
     assert isinstance(got, torch.Tensor), f"{name} should be a tensor; it is of type {type(got).__name__}."
     try:
-        assert_close(name, got, right, right.float() if plain is None else plain)
+        assert_close(name, got, right, right.float() if plain is None else plain, tile=tile)
     except AssertionError as wrong:
         raise AssertionError(f"{wrong}\n{look}") from None
 
@@ -395,7 +391,8 @@ def judge_pass(answer, which, case, block_q, block_k, look):
         f"{which} returned {len(got)} tensors, expected {len(names)}: {', '.join(names)}."
     )
     for name, x in zip(names, got):
-        judge(name, x, case.right[name], f"{case.asked}, block_q {block_q}, block_k {block_k}\n{look}")
+        tile = block_q if name == "dq" else block_k
+        judge(name, x, case.right[name], f"{case.asked}, block_q {block_q}, block_k {block_k}\n{look}", tile=tile)
 
 
 @both_passes
@@ -645,3 +642,65 @@ def untiled(case):
         name: max((f[name] for f in found), key=lambda x: (x - case.right[name]).abs().max())
         for name in found[0]
     }
+
+
+# 5.11 grouped_backward
+
+GROUPS = (
+    "With group = Hq / Hkv, query head h reads key head h // group: 0 0 1 1 for 4 query heads and 2 key heads. Every reader\n"
+    "of a head sends its gradient back to it, and they add up."
+)
+
+
+def grouped(heads, kv_heads, nq=13, nk=17, d=8, dv=None, dtype=torch.float64, **options):
+    """A case in which query heads share key heads, and what plain PyTorch makes of it at its own dtype."""
+    case = make_case(2, heads, kv_heads, nq, nk, d, dv, dtype=dtype, hot=2.0, **options)
+    case.dlse.zero_()
+    right = truth(case)
+    inputs = {name: getattr(case, name) for name in ("dout", "q", "k", "v")}
+    return case, inputs | {"out": right["out"].to(dtype), "lse": right["lse"].to(dtype)}, right
+
+
+def judge_grouped(answer, heads, kv_heads, look, block_q=8, block_k=8, **options):
+    case, inputs, right = grouped(heads, kv_heads, **options)
+    got = ask(answer.grouped_backward, **inputs, causal=case.causal, scale=case.scale, block_q=block_q, block_k=block_k)
+    assert isinstance(got, tuple) and len(got) == 3, "grouped_backward returns three tensors: dq, dk, dv, in this order."
+    plain = eager(case) if case.q.dtype == torch.float32 else {}
+    for name, x in zip(("dq", "dk", "dv"), got):
+        asked = f"{heads} query heads, {kv_heads} key heads, causal={case.causal}"
+        judge(name, x, right[name], f"{asked}\n{look}", plain.get(name))
+
+
+@pytest.mark.exercise("5.11")
+def test_two_readers_of_one_head(answer):
+    """two query heads read one key head: its gradients are the sum of both"""
+    judge_grouped(answer, 2, 1, GROUPS, seed=21)
+
+
+@pytest.mark.exercise("5.11")
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (6, 3), (8, 2)])
+def test_groups(answer, heads, kv_heads):
+    """each group of query heads sends its gradients to its own key head"""
+    judge_grouped(answer, heads, kv_heads, GROUPS, seed=22)
+
+
+@pytest.mark.exercise("5.11")
+def test_a_head_for_each(answer):
+    """as many key heads as query heads: nothing is added up"""
+    judge_grouped(answer, 3, 3, "group is 1 here, and the answer is tiled_backward's. Is a number written in for the group?", seed=23)
+
+
+@pytest.mark.exercise("5.11")
+@pytest.mark.parametrize("nq, nk", [(19, 19), (9, 21), (21, 9)])
+def test_grouped_options(answer, nq, nk):
+    """causal, scale and the block sizes are passed on"""
+    look = f"`**options` are those of tiled_backward: hand all of them on.\n{GROUPS}"
+    judge_grouped(answer, 4, 2, look, nq=nq, nk=nk, dv=5, causal=True, scale=0.7, block_q=4, block_k=16, seed=24)
+    _, inputs, _ = grouped(4, 2, 128, 128, 4)
+    assert_no_large_tensor(answer.grouped_backward, inputs, {"block_q": 16, "block_k": 16})
+
+
+@pytest.mark.exercise("5.11")
+def test_grouped_fp32(answer):
+    """in fp32 it is as exact as plain PyTorch"""
+    judge_grouped(answer, 4, 2, "The formulas are right; the arithmetic loses digits. What is rounded?", nq=40, nk=50, d=16, dtype=torch.float32, seed=25)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from frames import assert_inside, framed, nan_outputs
+from frames import assert_inside, framed, left_alone, nan_outputs
 
 from flash_edu._environment import interpreting
 from flash_edu.course import device, on_gpu, toy
@@ -53,9 +53,9 @@ def solve(case):
 
 def ask(answer, name, case, given, **tile):
     """answer.flash_dkdv or answer.flash_dq on this case."""
-    with nan_outputs(
-        "Look at the stores: rows or keys that do not exist must be masked, and the addresses are those of my tile."
-    ):
+    inputs = {"q": case.q, "k": case.k, "v": case.v, "dout": case.dout, "lse": given.lse, "delta": given.delta}
+    look = "Look at the stores: rows or keys that do not exist must be masked, and the addresses are those of my tile."
+    with left_alone(name, **inputs), nan_outputs(look):
         return getattr(answer, name)(
             case.q,
             case.k,
@@ -69,10 +69,10 @@ def ask(answer, name, case, given, **tile):
         )
 
 
-def compare(name, got, given, look):
+def compare(name, got, given, look, tile):
     key = name.lower()
     try:
-        assert_close(name, got, given.right[key], given.plain[key])
+        assert_close(name, got, given.right[key], given.plain[key], tile=tile)
     except AssertionError as wrong:
         said = about_scale(name, got.double(), given.right[key], given.scale) if name != "dV" else None
         raise AssertionError(f"{given.asked}\n{wrong}\n{said or look}") from None
@@ -94,15 +94,15 @@ def judge_dkdv(answer, case, look, block_m=16, block_n=16):
     given = solve(case)
     dk, dv = ask(answer, "flash_dkdv", case, given, block_m=block_m, block_n=block_n)
     given.asked += f", tiles of {block_m} queries and {block_n} keys"
-    compare("dV", dv, given, look)
-    compare("dK", dk, given, f"dV is right, so P is. {DK}\n{look}")
+    compare("dV", dv, given, look, block_n)
+    compare("dK", dk, given, f"dV is right, so P is. {DK}\n{look}", block_n)
 
 
 def judge_dq(answer, case, look, block_m=16, block_n=16):
     given = solve(case)
     dq = ask(answer, "flash_dq", case, given, block_m=block_m, block_n=block_n)
     given.asked += f", tiles of {block_m} queries and {block_n} keys"
-    compare("dQ", dq, given, look)
+    compare("dQ", dq, given, look, block_m)
 
 
 DK = (
@@ -152,12 +152,13 @@ def test_delta_by_hand(answer):
 def judge_delta(answer, case, look, dlse=True, block_m=16):
     given = solve(case)
     gradient = given.dlse if dlse else None
-    with nan_outputs("Look at the store: mask=rows < Nq, at Delta + r."):
+    inputs = {"dout": case.dout, "out": given.out} | ({"dlse": gradient} if dlse else {})
+    with left_alone("flash_delta", **inputs), nan_outputs("Look at the store: mask=rows < Nq, at Delta + r."):
         got = answer.flash_delta(case.dout, given.out, gradient, block_m=block_m)
     want = (case.dout.double() * given.out.double()).sum(-1) - (given.dlse.double() if dlse else 0)
     plain = (case.dout.float() * given.out.float()).sum(-1) - (given.dlse if dlse else 0)
     try:
-        assert_close("D", got, want, plain)
+        assert_close("D", got, want, plain, tile=block_m)
     except AssertionError as wrong:
         raise AssertionError(
             f"dO {tuple(case.dout.shape)}, {str(case.dout.dtype)[6:]}\n{wrong}\n{look}"

@@ -198,6 +198,32 @@ class TestTheRuler:
         assert said in str(error.value)
         assert ("Only in" in str(error.value)) == ("Only in" in said)
 
+    @pytest.mark.parametrize(
+        "rows, tile, said",
+        [
+            (range(48, 64), 16, "Only in the last of the 4 tiles of 16 rows\n"),
+            (range(60, 64), 20, "Only in the last of the 4 tiles of 20 rows, which 4 rows do not fill\n"),
+            ((0, 1, 33), 16, "Only in tiles 0, 2 of 4 (0 to 3, 16 rows each)\n"),
+            (range(0, 64, 16), 16, ""),
+            (range(48, 64), None, ""),
+        ],
+    )
+    def test_which_tiles_are_wrong_is_said(self, rows, tile, said):
+        right, plain = truth(self.case), eager(self.case)
+        for name in ("out", "lse"):
+            spoilt = plain[name].index_fill(2, torch.tensor([*rows]), 9.0)
+            with pytest.raises(AssertionError) as error:
+                assert_close(name, spoilt, right[name], plain[name], tile=tile)
+            assert said in str(error.value) and ("tile" in str(error.value)) == bool(said)
+
+    def test_what_should_be_hidden_is_said(self):
+        case = make_case(nq=5, nk=3, causal=True)  # the first two rows see nothing
+        right, plain = truth(case), eager(case)
+        for name, value in (("out", "0"), ("lse", "-inf")):
+            spoilt = plain[name].index_fill(2, torch.tensor([0, 1]), 9.0)
+            with pytest.raises(AssertionError, match=f"Only where nothing is to be seen, and the value should be {value}"):
+                assert_close(name, spoilt, right[name], plain[name])
+
     def test_eager_is_right(self):
         right, plain = truth(self.case), eager(self.case)
         for name in right:
