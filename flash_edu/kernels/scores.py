@@ -121,8 +121,7 @@ def _real_range(padding: Tensor) -> Tensor:
 @triton.jit
 def changes_scores(rules):
     """Are scores more than scaled products?"""
-    changed = rules.softcap is not None or rules.slopes is not None
-    return changed or rules.bias is not None or rules.score_mod is not None
+    return rules.softcap is not None or rules.slopes is not None or rules.bias is not None or rules.score_mod is not None
 
 
 @triton.jit
