@@ -71,6 +71,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, bac
     _, backward, mask_gradient = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
+        lse = lse.contiguous()  # it is, unless vmap or a user had it
         if mask_grad:
             dmask = mask_gradient(dout, delta, q, k, v, lse, asked)
         return *backward(dout, dlse, q, k, v, out, lse, asked), dmask, dsinks
