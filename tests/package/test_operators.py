@@ -1,16 +1,18 @@
 """The two operators, as PyTorch's own tools see them: schemas, fakes, gradients and their limits, the count of flops."""
 import pytest
 import torch
+import triton
 from options import BATCH, DIM, HEADS, KV_HEADS, OPTIONS, ask, learned, packed, skip_if_slow, tensors
 from this_machine import DEVICE, ON_GPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from flash_edu import flash_attention, flash_attention_varlen, flash_attention_with_lse, ops
+from flash_edu import Pattern, flash_attention, flash_attention_varlen, flash_attention_with_lse, ops
 from flash_edu.attention import dense_rules
 from flash_edu.reference import naive_attention
 from flash_edu.rules import Rules
+from flash_edu.testing import assert_close, differentiate, eager, make_case, truth
 
 PACKED = "packed"
 
@@ -181,6 +183,25 @@ def test_torch_func_grad(option, backend):
     got = torch.func.grad(loss, argnums=tuple(range(len(arguments))))(*(x.detach() for x in arguments))
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
     assert len(want) == 3 + len(learned(asked))
+
+
+@triton.jit
+def bent(score, batch, head, i, j, buffers):
+    return score - 0.05 * score * score
+
+
+def test_a_score_mod_is_differentiated_by_autograd():
+    """... inside an operator, where autograd is off; compiled, and under torch.func."""
+    pattern = Pattern(score_mod=bent)
+    case = make_case(1, 2, 1, 20, 30, 16, device=DEVICE, pattern=pattern)
+    right, plain = truth(case), eager(case)
+    for attend in (flash_attention_with_lse, torch.compile(flash_attention_with_lse, fullgraph=True, backend="aot_eager")):
+        got = differentiate(attend, case, backend="torch")
+        for name in right:
+            assert_close(name, got[name], right[name], plain[name])
+    attend = lambda q: (flash_attention(q, case.k, case.v, pattern=pattern, backend="torch") * case.dout).sum()  # noqa: E731
+    q = case.q.requires_grad_()
+    assert torch.equal(torch.func.grad(attend)(case.q.detach()), torch.autograd.grad(attend(q), q)[0])
 
 
 # flops
