@@ -29,7 +29,7 @@ class Operator:
     """What torch.library.custom_op gives: call it, and tell PyTorch more of it with its register_ methods."""
 
     def __init__(self, name: str, schema: str, compute: Callable):
-        self.name, self.__doc__ = name, compute.__doc__
+        self.name, self.compute, self.__doc__ = name, compute, compute.__doc__
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, torch._disable_dynamo(compute), "CompositeExplicitAutograd")
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
