@@ -60,33 +60,25 @@ def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, bac
     """dq, dk, dv, shaped and (see layout.py) laid out as q, k, v; and the gradients of a float mask and of the sinks, empty
     unless asked for."""
     asked = Rules(*asked)
-    dmask, dsinks = (x.zero_() for x in _room_for_more(q, mask_grad, sinks_grad, asked))
-    if out.numel() == 0:
-        return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     delta = reference.row_delta(dout, dlse, out) if mask_grad or sinks_grad else None
-    if sinks_grad:
-        dsinks = reference.sinks_gradient(asked.sinks, lse, delta)
-    if k.numel() == 0:
+    dsinks = reference.sinks_gradient(asked.sinks, lse, delta) if sinks_grad else q.new_empty(0)
+    if out.numel() == 0 or k.numel() == 0:
+        dmask = asked.mask.new_zeros(asked.mask.shape) if mask_grad else q.new_empty(0)
         return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     _, backward, mask_gradient = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
         lse = lse.contiguous()  # it is, unless vmap or a user had it
-        if mask_grad:
-            dmask = mask_gradient(dout, delta, q, k, v, lse, asked)
+        dmask = mask_gradient(dout, delta, q, k, v, lse, asked) if mask_grad else q.new_empty(0)
         return *backward(dout, dlse, q, k, v, out, lse, asked), dmask, dsinks
 
 
 @attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, backend, *asked):
-    return *(empty_like_rows(x) for x in (q, k, v)), *_room_for_more(q, mask_grad, sinks_grad, Rules(*asked))
-
-
-def _room_for_more(q: Tensor, mask_grad: bool, sinks_grad: bool, asked: Rules) -> tuple[Tensor, Tensor]:
-    return (
-        asked.mask.new_empty(asked.mask.shape) if mask_grad else q.new_empty(0),
-        asked.sinks.new_empty(asked.sinks.shape) if sinks_grad else q.new_empty(0),
-    )
+    asked, nothing = Rules(*asked), q.new_empty(0)
+    dmask = asked.mask.new_empty(asked.mask.shape) if mask_grad else nothing
+    dsinks = asked.sinks.new_empty(asked.sinks.shape) if sinks_grad else nothing.clone()
+    return *(empty_like_rows(x) for x in (q, k, v)), dmask, dsinks
 
 
 def _save(ctx, inputs, output):

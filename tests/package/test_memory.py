@@ -43,6 +43,10 @@ class LargestAllocation(TorchDispatchMode):
     inside = {operator.overload: operator.compute for operator in (ops.attention_forward, ops.attention_backward)}
     elements = 0
 
+    def __init__(self):
+        super().__init__()
+        self.sizes = []  # of all of them
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.inside:
             with self:
@@ -51,7 +55,8 @@ class LargestAllocation(TorchDispatchMode):
         given = {self.place(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and self.place(x) not in given:
-                self.elements = max(self.elements, x.numel())
+                self.sizes.append(x.numel())
+                self.elements = max(self.sizes)
         return out
 
     @staticmethod
@@ -85,6 +90,15 @@ def test_the_torch_backend_never_holds_n_by_n(name):
     if name == "float mask with a gradient":
         at_most = n * n  # the gradient itself
     assert largest_allocation(flash_attention, n, backend="torch", **asked) <= at_most
+
+
+def test_the_gradient_of_a_mask_is_made_once(backend):
+    n = 256  # of which a tile is a quarter
+    q, mask = randn(1, 1, n, 16), randn(n, n, requires_grad=True)
+    with LargestAllocation() as seen:
+        flash_attention(q, q, q, attn_mask=mask, backend=backend).sum().backward()
+    assert sum(size >= n * n for size in seen.sizes) == 1
+    assert mask.grad is not None
 
 
 @pytest.mark.parametrize("name", ASKED)
