@@ -58,6 +58,9 @@ class MultiHeadFlashAttention(nn.Module):
         window, softcap: as in `flash_attention`.
         attention: what to call instead of `flash_attention`: any function (q, k, v, *, causal) -> out with its shapes. It is given
             attn_mask, key_padding_mask, window, softcap and dropout_p too, but only those that are asked for.
+
+    A call may bring key_padding_mask (B, Nk), True = a real token, and attn_mask, which broadcasts to (B, H, N, Nk): True =
+    attend, or floating point, added to the scores. In nn.MultiheadAttention both booleans are the other way round.
     """
 
     def __init__(
@@ -91,11 +94,7 @@ class MultiHeadFlashAttention(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None = None, key_padding_mask: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """x (B, N, d_model) attends to itself, or to context (B, Nk, d_model): cross-attention.
-
-        key_padding_mask (B, Nk): True = a real token. attn_mask, broadcast to (B, H, N, Nk): True = attend, or floating point,
-        added to the scores. (In nn.MultiheadAttention both booleans are the other way round.)
-        """
+        """x (B, N, d_model) attends to itself, or to context (B, Nk, d_model): cross-attention."""
         context = x if context is None else context
         q = self._split(self.q_proj(x))  # (B, H, N, head_dim)
         k = self._split(self.k_proj(context))  # (B, Hkv, Nk, head_dim)
