@@ -77,9 +77,8 @@ class Pattern:
         """The derivative of score_mod: score_grad if there is one, otherwise autograd's."""
         if self.score_grad is not None:
             return torch.as_tensor(on_tensors(self.score_grad)(s, batch, head, i, j, self._pointers()), dtype=s.dtype).expand_as(s)
-        with torch.enable_grad():
-            s = s.detach().requires_grad_()
-            return torch.autograd.grad(self.changed(s, batch, head, i, j).sum(), s)[0]
+        _, gradient = torch.func.vjp(lambda s: self.changed(s, batch, head, i, j), s)  # inside an operator, autograd is off
+        return gradient(torch.ones_like(s))[0]
 
     def _pointers(self) -> tuple["_Pointer", ...]:
         return tuple(_Pointer(x.flatten()) for x in self.buffers)

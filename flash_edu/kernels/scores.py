@@ -76,7 +76,7 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         mask_strides=None if mask is None else mask.stride(),
         padding=None if padding is None else padding.view(torch.uint8),
         real=None if padding is None else _real_range(padding),
-        sinks=rules.sinks,
+        sinks=None if rules.sinks is None else rules.sinks.contiguous(),
         seed=rules.seed if drops else None,
         dropout_threshold=dropout_threshold(rules.dropout_p) if drops else None,
         dropout_scale=1 / (1 - rules.dropout_p) if drops else None,
