@@ -16,7 +16,7 @@ from this_machine import DEVICE, ON_GPU
 
 from flash_edu.testing import assert_close
 
-hf = pytest.importorskip("transformers", minversion="5.4", reason="the integration is for transformers 5.4 and newer")
+hf = pytest.importorskip("transformers", minversion="5.17", reason="the models here are those of transformers 5.17 and newer")
 integration = importlib.import_module("flash_edu.integrations.transformers")
 masking = importlib.import_module("transformers.masking_utils")
 
@@ -76,8 +76,16 @@ CLASSES = {
     "bert": hf.AutoModelForMaskedLM, "modernbert": hf.AutoModelForMaskedLM, "vit": hf.AutoModelForImageClassification,
     "whisper": hf.AutoModelForSpeechSeq2Seq, "t5": hf.AutoModelForSeq2SeqLM,
 }  # fmt: skip
+OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 24)
+if OLD:
+    del CONFIGS["t5"]  # whose attention cannot be chosen there
 DECODERS = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", "llama4"]
 PADDINGS = {name: ["none", "right", "left"] if name in DECODERS else ["none", "right"] for name in CONFIGS} | {"vit": ["none"]}
+
+
+def cases(*kinds):
+    """(kind, padding) of models that this transformers has."""
+    return [case for case in kinds if case[0] in CONFIGS]
 
 
 @functools.cache
@@ -328,11 +336,6 @@ def logits_of(model, **arguments):
         return model(**arguments).logits
 
 
-def check_logits(kind, **arguments):
-    right, plain, got = (logits_of(tiny(kind, *how), **arguments) for how in HOW)
-    assert_close("logits", got, right, plain)
-
-
 PLACES = torch.cat([torch.arange(7), torch.arange(12)])[None].to(DEVICE)  # of two sequences in a row
 
 
@@ -412,12 +415,12 @@ def test_tokens_that_see_each_other_within_a_causal_mask(asked):
 # --- caches -----------------------------------------------------------------------------------------------
 
 
-def written(kind, attention, dtype, padding="left", **options):
-    """Tokens, of a prompt of 12 and 14 more, and the logits that each of these was chosen by."""
-    inputs = {"input_ids": tokens(12), "attention_mask": padded(12, padding)}
+def written(kind, attention, dtype, more=14, **options):
+    """Tokens, of a prompt of 12 and some more, and the logits that each of these was chosen by."""
+    inputs = {"input_ids": tokens(12), "attention_mask": padded(12, "left")}
     if kind == "whisper":
         inputs = {"input_features": batch_for(kind, "none", dtype)[0]["input_features"]}
-    told = {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    told = {"max_new_tokens": more, "min_new_tokens": more, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     text = tiny(kind, attention, dtype).generate(**inputs, **told, **options)
     return text.sequences, torch.stack(text.logits)
 
@@ -426,6 +429,8 @@ def written(kind, attention, dtype, padding="left", **options):
 @pytest.mark.parametrize("kind", [*DECODERS, "whisper"])
 def test_generated_text(kind, cache):
     """Of a prompt with left padding, and on past the windows of 7 and the chunks of 8."""
+    if OLD and kind == "llama4" and cache.get("cache_implementation") == "static":
+        pytest.skip("this transformers makes no chunked mask for a static cache")
     right, plain, got = (written(kind, *how, **cache) for how in HOW)
     assert torch.equal(right[0], plain[0]) and torch.equal(right[0], got[0])
     assert_close("logits", got[1], right[1], plain[1])
@@ -485,9 +490,10 @@ def check_same(got, wanted):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-5 * largest, msg=lambda said: f"{name}: {said}")  # noqa: B023
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "t5"])
-def test_gradient_checkpointing(kind, reentrant):
+@pytest.mark.parametrize(("kind", "padding"), cases(("llama", "left"), ("gpt_oss", "right"), ("t5", "right")))
+def test_gradient_checkpointing(kind, padding, reentrant):
     """With dropout, which is drawn again."""
     found = []
     for checkpointed in (False, True):
@@ -499,11 +505,11 @@ def test_gradient_checkpointing(kind, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(0)
-        found.append(logits_and_gradients(model, kind, "right"))
+        found.append(logits_and_gradients(model, kind, padding))
     check_same(found[1], found[0])
 
 
-@pytest.mark.parametrize(("kind", "padding"), [("llama", "left"), ("gemma2", "none"), ("modernbert", "right"), ("t5", "right")])
+@pytest.mark.parametrize(("kind", "padding"), cases(("llama", "left"), ("gemma2", "none"), ("modernbert", "right"), ("t5", "right")))
 def test_compiles_to_one_graph(kind, padding):
     torch.compiler.reset()
     plain, compiled = tiny(kind), tiny(kind)
@@ -535,7 +541,9 @@ def test_autocast(kind):
     assert_close("logits", got, right, plain)
 
 
-@pytest.mark.parametrize(("kind", "padding"), [("llama", "left"), ("gemma2", "right"), ("gpt_oss", "none"), ("t5", "right"), ("llama4", "none")])
+@pytest.mark.parametrize(
+    ("kind", "padding"), cases(("llama", "left"), ("gemma2", "right"), ("gpt_oss", "none"), ("t5", "right"), ("llama4", "none"))
+)
 def test_the_kernels(kind, padding):
     name = integration.register("edu_kernels", backend="triton")
     check(kind, padding, name)
@@ -544,5 +552,238 @@ def test_the_kernels(kind, padding):
 def test_the_kernels_generate():
     name = integration.register("edu_kernels", backend="triton")
     for cache in ({}, {"cache_implementation": "static"}):
-        plain, got = (written("mistral", attention, torch.float32, **cache)[0] for attention in ("eager", name))
+        plain, got = (written("mistral", attention, torch.float32, more=4, **cache)[0] for attention in ("eager", name))
         assert torch.equal(plain, got)
+
+
+# --- what a layer may pass --------------------------------------------------------------------------------
+
+CAUSAL = SimpleNamespace(is_causal=True)
+OPEN = SimpleNamespace(is_causal=False)
+UNSAID = SimpleNamespace()
+
+
+def layer(nq=6, nk=6, heads=4, dtype=torch.float64):
+    """q, k and v as a layer passes them."""
+    drawn = torch.Generator().manual_seed(6)
+    return [torch.randn(2, h, n, 8, generator=drawn, dtype=torch.float64).to(DEVICE, dtype) for h, n in ((heads, nq), (2, nk), (2, nk))]
+
+
+def lower(nq, nk):
+    """Causal, aligned at the first key, as SDPA's is."""
+    return torch.ones(nq, nk, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "causal"),
+    [(CAUSAL, None, True), (OPEN, None, False), (UNSAID, None, True), (CAUSAL, False, False), (OPEN, True, True), (UNSAID, False, False)],
+)
+def test_a_layer_without_mask_is_causal_if_it_says_so(module, said, causal):
+    """In the call, or of itself; a layer that says nothing is causal, as for SDPA."""
+    inputs = layer()
+    got, _ = integration.attend(module, *inputs, None, is_causal=said)
+    torch.testing.assert_close(got, formula(module, *inputs, lower(6, 6).to(DEVICE) if causal else None)[0])
+
+
+def test_without_a_mask_one_query_sees_all_keys_and_more_see_those_up_to_their_own():
+    """One is the next token. More stand at the start of a static cache, which is empty behind them."""
+    for nq, mask in ((1, None), (6, lower(6, 9))):
+        inputs = layer(nq, 9)
+        got, weights = integration.attend(CAUSAL, *inputs, None)
+        assert weights is None and got.shape == (2, nq, 4, 8) and got.is_contiguous()
+        torch.testing.assert_close(got, formula(CAUSAL, *inputs, mask if mask is None else mask.to(DEVICE))[0])
+
+
+def test_a_window_without_a_mask_is_kept():
+    """Models that make no mask may still name a window: its size counts a query's own key."""
+    for nq, nk, seen in ((6, 6, lower(6, 6).triu(-2)), (1, 6, lower(6, 6).triu(-2)[5:]), (6, 9, lower(6, 9).triu(-2))):
+        inputs = layer(nq, nk)
+        got, _ = integration.attend(CAUSAL, *inputs, None, sliding_window=3)
+        torch.testing.assert_close(got, formula(CAUSAL, *inputs, seen.to(DEVICE))[0])
+    inputs = layer()
+    for wide in (6, 7, None):
+        assert torch.equal(integration.attend(OPEN, *inputs, None, sliding_window=wide)[0], integration.attend(OPEN, *inputs, None)[0])
+
+
+def test_rows_that_see_nothing_give_zero():
+    inputs = [x.requires_grad_() for x in layer()]
+    real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool, device=DEVICE)
+    out, _ = integration.attend(CAUSAL, *inputs, integration.make_mask(2, 6, 6, attention_mask=real))
+    assert (out[1, :2] == 0).all() and (out[1, 2:] != 0).any()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs) and (inputs[1].grad[1, :, :2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scaling": 0.3}, {"softcap": 1.5}, {"s_aux": [0.3, -1.0, 2.0, 0.0]}, {"position_bias": (1, 4, 6, 6)}, {"position_bias": (2, 1, 6, 6)}],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", ["none", "band", "matrix", "added"])
+def test_arguments_are_served_under_every_mask(mask, options):
+    inputs, real = layer(), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool, device=DEVICE)
+    whole = lower(6, 6).to(DEVICE) & real[:, None, None, :]
+    drawn = torch.Generator().manual_seed(7)
+    make = {
+        "s_aux": lambda value: torch.tensor(value, dtype=torch.float64, device=DEVICE),
+        "position_bias": lambda shape: torch.randn(shape, generator=drawn, dtype=torch.float64).to(DEVICE),
+    }
+    options = {name: make.get(name, lambda x: x)(value) for name, value in options.items()}
+    given = {
+        "none": None,
+        "band": integration.make_mask(2, 6, 6, attention_mask=real),
+        "matrix": whole,
+        "added": torch.zeros(whole.shape, dtype=torch.float64, device=DEVICE).masked_fill(~whole, float("-inf")),
+    }[mask]
+    module = OPEN if mask == "none" else CAUSAL
+    wanted, _ = formula(module, *inputs, None if mask == "none" else whole, **options)
+    torch.testing.assert_close(integration.attend(module, *inputs, given, **options)[0], wanted)
+
+
+def test_a_bias_is_cropped_with_the_keys():
+    """Of a static cache: T5's bias is as long as the cache."""
+    inputs, bias = layer(4, 9), torch.randn(1, 4, 4, 9, dtype=torch.float64, device=DEVICE)
+    mask = integration.make_mask(2, 4, 9, q_offset=2)
+    wanted, _ = formula(CAUSAL, *inputs, lower(6, 9)[2:].to(DEVICE), position_bias=bias)
+    torch.testing.assert_close(integration.attend(CAUSAL, *inputs, mask, position_bias=bias)[0], wanted)
+
+
+WRONG_CALLS = {
+    "sparse indices": ({"indices": torch.zeros(1)}, NotImplementedError, ["indices"]),
+    "sinks for each token": ({"sinks": torch.zeros(2, 4, 6, 1)}, NotImplementedError, ["sinks"]),
+    "paged": ({"block_table": torch.zeros(1)}, NotImplementedError, ["block_table"]),
+    "a mask of 2 dimensions": ({"attention_mask": torch.ones(2, 6, dtype=torch.bool)}, TypeError, ["4 dimensions", "(2, 6)"]),
+    "a mask that is none": ({"attention_mask": "causal"}, TypeError, ["attention_mask", "str"]),
+    "a mask of whole numbers": ({"attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.long)}, TypeError, ["bool", "int64"]),
+    "a mask for fewer keys": ({"attention_mask": torch.ones(2, 1, 6, 5)}, ValueError, ["attn_mask", "(2, 1, 6, 5)"]),
+    "keys added after the mask": ({"attention_mask": integration.Band(5, 5, right=0)}, NotImplementedError, ["6 keys", "5"]),
+    "a window of no direction": ({"sliding_window": 3, "is_causal": False}, NotImplementedError, ["sliding_window=3", "attention_mask"]),
+    "packed, and a batch of 2": ({"cu_seq_lens_q": torch.tensor([0, 6])}, ValueError, ["cu_seq_lens_q", "2"]),
+    "packed, with a bias": (
+        {"cu_seq_lens_q": torch.tensor([0, 6]), "position_bias": torch.zeros(1, 1, 6, 6)}, NotImplementedError, ["position_bias"]
+    ),
+    "a scale that is learned": ({"scaling": torch.ones(1)}, TypeError, ["scale"]),
+    "sinks of another number": ({"s_aux": torch.zeros(3)}, ValueError, ["sinks", "(3,)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_CALLS)
+def test_what_is_not_served_is_said(what):
+    """Nothing is dropped in silence."""
+    options, error, words = WRONG_CALLS[what]
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    with pytest.raises(error) as raised:
+        integration.attend(CAUSAL, *layer(), **{"attention_mask": None} | options)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_more_queries_than_keys_need_a_mask():
+    with pytest.raises(ValueError, match="6 queries over 4 keys needs an attention_mask"):
+        integration.attend(CAUSAL, *layer(6, 4), None)
+    assert integration.attend(OPEN, *layer(6, 4), None)[0].shape == (2, 6, 4, 8)
+
+
+def test_weights_are_not_made_and_that_is_said():
+    with pytest.warns(UserWarning, match="no attention weights.*'eager'"):
+        found = tiny("qwen3")(tokens(), output_attentions=True)
+    assert not found.attentions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny("qwen3")(tokens())
+
+
+def test_a_model_whose_layers_do_not_say_that_they_are_causal():
+    """Its mask does: it is never left out."""
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    torch.testing.assert_close(logits_of(model, input_ids=tokens()), logits_of(tiny("llama"), input_ids=tokens()))
+
+
+# --- the name ---------------------------------------------------------------------------------------------
+
+
+def test_a_name_serves_masks_too_and_only_once():
+    """A name without a mask function would get no mask at all, in silence."""
+    before = hf.AttentionInterface().valid_keys()
+    assert integration.register() == OURS and hf.AttentionInterface().valid_keys() == before
+    for name in (OURS, integration.register("edu_other")):
+        assert hf.AttentionMaskInterface()[name] is integration.make_mask
+        assert hf.AttentionInterface()[name].func is integration.attend
+    with pytest.raises(ValueError, match="edu_attentoin"):
+        tiny("llama", "edu_attentoin")
+
+
+def test_registering_again_changes_the_backend(monkeypatch, asked):
+    model = tiny("llama", integration.register("edu_other", backend="torch"))
+    logits_of(model, input_ids=tokens())
+    integration.register("edu_other")
+    logits_of(model, input_ids=tokens())
+    assert [call.backend for call in asked] == ["torch"] * LAYERS + ["auto"] * LAYERS
+
+
+@pytest.mark.parametrize("name", ["flash_edu", "my_sdpa", "flex_attention", "eager", "paged|edu", "edu/attention", "edu:attention"])
+def test_names_that_transformers_would_misread(name):
+    with pytest.raises(ValueError, match=f"its own meaning, got '{re.escape(name)}'"):
+        integration.register(name)
+
+
+def test_the_name_of_another_attention_is_not_taken():
+    with pytest.raises(ValueError, match="must be free, got 'formula'"):
+        integration.register("formula")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        integration.register(backend="cuda")
+
+
+def test_a_transformers_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(integration.importlib.metadata, "version", lambda package: "5.3.1")
+    with pytest.raises(ImportError, match="5.4 or newer, got 5.3.1"):
+        integration.register()
+
+
+def test_why_flash_edu_cannot_be_the_name():
+    """If this fails, transformers has changed, and the name may."""
+    hf.AttentionInterface.register("flash_edu", integration.attend)
+    hf.AttentionMaskInterface.register("flash_edu", integration.make_mask)
+    with pytest.raises((ValueError, ImportError)):
+        tiny("llama", "flash_edu")
+
+
+# --- as users meet it -------------------------------------------------------------------------------------
+
+
+def test_a_model_is_made_with_it_and_changed_to_it():
+    config = CONFIGS["llama"]()
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=OURS).to(DEVICE).eval()
+    assert model.config._attn_implementation == OURS
+    ours = logits_of(model, input_ids=tokens())
+    model.set_attn_implementation("eager")
+    eager = logits_of(model, input_ids=tokens())
+    model.set_attn_implementation(integration.register())
+    assert torch.equal(logits_of(model, input_ids=tokens()), ours) and not torch.equal(ours, eager)
+
+
+def examples():
+    """The README's, and the module's own."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    told = re.search(r"```python\n((?:(?!```).)*integrations\.transformers.*?)```", readme, re.DOTALL)[1]
+    return {"README": told, "docstring": inspect.cleandoc(re.search(r"\n\n((?:    .*\n|\n)+)", integration.__doc__)[1])}
+
+
+@pytest.mark.parametrize("where", ["README", "docstring"])
+def test_the_example_runs(where, tmp_path):
+    original("qwen3").save_pretrained(tmp_path)
+    code = examples()[where]
+    assert "Qwen/Qwen3-0.6B" in code and len([line for line in code.splitlines() if line.strip()]) <= 5
+    space = {}
+    exec(code.replace("Qwen/Qwen3-0.6B", str(tmp_path)), space)
+    assert space["model"].config._attn_implementation == OURS
+    torch.testing.assert_close(
+        logits_of(space["model"].to(DEVICE), input_ids=tokens()), logits_of(tiny("qwen3"), input_ids=tokens())
+    )
+
+
+def test_the_package_itself_does_not_import_transformers():
+    code = "import sys, flash_edu.integrations; from flash_edu import flash_attention; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
