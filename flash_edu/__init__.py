@@ -13,6 +13,7 @@ from flash_edu._before_triton import BeforeTriton
 
 if TYPE_CHECKING:
     from flash_edu.attention import available_backends, flash_attention, flash_attention_with_lse, merge_attention
+    from flash_edu.kvcache import flash_attention_kvcache
     from flash_edu.modules import FlashAttention, MultiHeadFlashAttention
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "MultiHeadFlashAttention",
     "available_backends",
     "flash_attention",
+    "flash_attention_kvcache",
     "flash_attention_with_lse",
     "merge_attention",
 ]
@@ -33,8 +35,12 @@ def __getattr__(name: str):
     """The public names are imported on first use: the command flash-edu need not wait for torch."""
     if name not in __all__:
         raise AttributeError(f"module 'flash_edu' has no attribute {name!r}")
-    module = "flash_edu.modules" if name.endswith("FlashAttention") else "flash_edu.attention"
-    globals()[name] = getattr(importlib.import_module(module), name)
+    module = "attention"
+    if name == "flash_attention_kvcache":
+        module = "kvcache"
+    elif name.endswith("FlashAttention"):
+        module = "modules"
+    globals()[name] = getattr(importlib.import_module(f"flash_edu.{module}"), name)
     return globals()[name]
 
 
