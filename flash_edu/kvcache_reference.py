@@ -45,34 +45,41 @@ def decode(
 ) -> Tensor:
     """out (B, Hq, Nq, Dv). Arguments as in kvcache_ops.kvcache_attention."""
     out = empty_output(q, v_cache)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    capacity, (batch, heads, nq, _) = _capacity(k_cache, table), q.shape
-    lengths = (seqlens.long().clamp(0, capacity) + new).clamp(max=capacity)
-    key = torch.arange(capacity, device=q.device)
-    query = torch.arange(nq, device=q.device)[:, None]
-    for b in range(batch):
-        position = query + lengths[b] - nq  # (Nq, 1): of the queries, among the keys
-        exists = key < lengths[b]
-        k, v = (_sequence(cache, table, b, wide) for cache in (k_cache, v_cache))  # (Hkv, 1, capacity, D)
-        v = v.masked_fill(~exists[:, None], 0.0)  # whatever lies behind the last key: 0 * NaN is NaN
-        s = q[b].to(wide).unflatten(0, (k.shape[0], -1)) @ k.mT * scale  # (Hkv, G, Nq, capacity)
-        s = s.flatten(0, 1)
-        if softcap is not None:
-            s = softcap * (s / softcap).tanh()
-        if slopes is not None:
-            s = s - slopes.expand(batch, heads)[b].to(wide)[:, None, None] * (position - key).abs()
-        s = s.masked_fill(~(exists & (key >= position - left) & (key <= position + right)), NEG_INF)
-        p = _softmax(s, sinks).unflatten(0, (k.shape[0], -1))
-        out[b] = (p @ v).flatten(0, 1).to(out.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # sums stay wide
+        for b in range(q.shape[0]):
+            keys, values = (_sequence(cache, table, b) for cache in (k_cache, v_cache))
+            length = (seqlens[b].long().clamp(0, keys.shape[1]) + new).clamp(max=keys.shape[1])
+            slopes_b = slopes[b] if slopes is not None and slopes.ndim == 2 else slopes
+            out[b] = _attend(q[b], keys, values, length, left, right, scale, softcap, slopes_b, sinks)
     return out
 
 
-def _sequence(cache: Tensor, table: Tensor | None, b: int, dtype: torch.dtype) -> Tensor:
-    """The cache of sequence b, (Hkv, 1, capacity, D): its pages in order, if it has pages."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, length: Tensor, left: int, right: int, scale: float, softcap: float | None,
+    slopes: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One sequence: q (Hq, Nq, D) and the whole cache, k (Hkv, N, D) and v (Hkv, N, Dv), of which `length` keys are there."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_heads = q.to(wide).unflatten(0, (k.shape[0], -1))  # (Hkv, G, Nq, D): the group's heads read the same keys
+    key = torch.arange(k.shape[1], device=q.device)
+    position = torch.arange(q.shape[1], device=q.device)[:, None] + length - q.shape[1]  # (Nq, 1): of the queries, among the keys
+    s = (q_heads @ k[:, None].to(wide).mT * scale).flatten(0, 1)  # (Hq, Nq, N)
+    if softcap is not None:
+        s = softcap * (s / softcap).tanh()
+    if slopes is not None:
+        s = s - slopes.to(wide)[:, None, None] * (position - key).abs()
+    keep = (key < length) & (key >= position - left) & (key <= position + right)
+    p = _softmax(s.masked_fill(~keep, NEG_INF), sinks).unflatten(0, (k.shape[0], -1))
+    v = v.masked_fill((key >= length)[:, None], 0.0)  # whatever lies behind the last key: 0 * NaN is NaN
+    return (p @ v[:, None].to(wide)).flatten(0, 1).to(q.dtype)
+
+
+def _sequence(cache: Tensor, table: Tensor | None, b: int) -> Tensor:
+    """The cache of sequence b, (Hkv, capacity, D): its pages in order, if it has pages."""
     if table is None:
-        return cache[b, :, None].to(dtype)
+        return cache[b]
     pages = cache[table[b].long().clamp(0, cache.shape[0] - 1)]  # (pages, Hkv, page_size, D)
-    return pages.transpose(0, 1).flatten(1, 2)[:, None].to(dtype)
+    return pages.transpose(0, 1).flatten(1, 2)
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:

@@ -80,21 +80,21 @@ class DecodeTile(NamedTuple):
         return sizes | {"num_warps": self.num_warps, "num_stages": stages}
 
 
-# (GPU, bytes of an element, rows) -> a tile for each of HEAD_DIMS. 16 rows are the fewest that tl.dot takes.
+# (GPU, bytes of an element, rows) -> a tile for each of HEAD_DIMS. 16 rows are the fewest that tl.dot takes; fp32 has only those,
+# since more would not fit in registers.
 DECODE_TILES = {
-    ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3, True), DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 64, 4, 3, False)),
-    ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 4, 3, False)),
+    ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3, True), DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 32, 4, 4, False)),
+    ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 8, 3, False)),
     ("sm_80", 2, 16): (DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 64, 4, 3, True), DecodeTile(16, 32, 4, 3, False)),
-    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 64, 4, 2, False), DecodeTile(64, 32, 8, 2, False)),
-    ("sm_80", 4, 16): (DecodeTile(16, 64, 4, 3, True), DecodeTile(16, 32, 4, 3, False), DecodeTile(16, 32, 4, 2, False)),
-    ("sm_80", 4, 64): (DecodeTile(64, 32, 4, 2, False), DecodeTile(64, 32, 8, 2, False), DecodeTile(64, 16, 8, 2, False)),
+    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 4, 4, False), DecodeTile(64, 32, 8, 2, False)),
+    ("sm_80", 4, 16): (DecodeTile(16, 32, 4, 4, False), DecodeTile(16, 32, 4, 3, False), DecodeTile(16, 16, 8, 2, False, 8)),
 }
-INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1, True), 64: DecodeTile(64, 16, 2, 1, False)}
+INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1, True), 64: DecodeTile(64, 16, 2, 1, False, 2)}
 
 
 def choose_decode_tile(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> DecodeTile:
     """The tile for the larger of the two head dims, and so many rows that share a key/value head."""
-    block_m = 16 if rows <= 16 else 64
+    block_m = 16 if rows <= 16 or dtype.itemsize > 2 and device.type == "cuda" else 64
     if device.type == "cpu":
         return INTERPRETED_DECODE[block_m]
     return DECODE_TILES[_gpu(dtype, device), dtype.itemsize, block_m][_row(head_dim)]
