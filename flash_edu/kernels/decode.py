@@ -108,18 +108,18 @@ def tanh(x):
 @triton.jit
 def attend_to_tile(
     b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, table_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
-    capacity, num_pages, lo, hi, left, right, score_scale, softcap_scale,
+    capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold one tile of keys into (O, l, m). MASKED: it has keys outside lo .. hi, or some that only some queries see.
+    """Fold one tile of keys into (O, l, m). MASKED: it has keys outside lo .. length, or some that only some queries see.
 
     Shapes: b_q (M, D), b_s (M, N), b_o (M, Dv), b_l and b_m (M,), each with a first axis of WARPS if warps walk apart.
     b_query (M, 1): the queries' positions among the keys.
     """
     ROWS_AXIS: tl.constexpr = len(b_q.shape) - 2
     o_n = tile_keys(start_n, BLOCK_N, WARPS)
-    there = (o_n >= lo) & (o_n < hi)
+    there = (o_n >= lo) & (o_n < length)
     o_k = tile_rows(start_n, table_ptr, stride_kp, stride_kn, capacity, num_pages, BLOCK_N, WARPS, PAGE_SIZE)
     b_k = load_rows(p_k, o_k, there, D, BLOCK_D, MASKED)
     o_v = tile_rows(start_n, table_ptr, stride_vp, stride_vn, capacity, num_pages, BLOCK_N, WARPS, PAGE_SIZE)
@@ -137,7 +137,7 @@ def attend_to_tile(
         b_s = b_s * score_scale - b_slope * tl.abs(b_query - b_key).to(b_s.dtype)
         to_base_2 = 1.0
     if MASKED:
-        keep = (b_key < hi) & (b_key >= b_query - left) & (b_key <= b_query + right)
+        keep = (b_key < length) & (b_key >= b_query - left) & (b_key <= b_query + right)
         b_s = tl.where(keep, b_s, float("-inf"))
     b_m_new = tl.maximum(b_m, tl.max(b_s, ROWS_AXIS + 1) * to_base_2)
     b_anchor = b_m_new
@@ -175,13 +175,12 @@ def decode_kernel(
     head = kv_head * group + o_m % group
     in_rows = query < Nq
 
-    # Which keys does any query see, lo .. hi, and which of their tiles are this program's, begin .. end?
+    # Which keys does any query see, lo .. length, and which of their tiles are this program's, begin .. end?
     length = length_of(seqlens_ptr, batch, Nnew, capacity)
     first_position = length - Nq  # of query 0, among the keys: aligned bottom-right
     lo = tl.maximum(0, first_position - left)
-    hi = tl.minimum(length, length + right)
     first_tile = lo // BLOCK_N
-    num_tiles = tl.maximum(0, tl.cdiv(hi, BLOCK_N) - first_tile)
+    num_tiles = tl.maximum(0, tl.cdiv(length, BLOCK_N) - first_tile)
     begin = (first_tile + (split * num_tiles) // num_splits) * BLOCK_N
     end = (first_tile + ((split + 1) * num_tiles) // num_splits) * BLOCK_N
     # Tiles in full_lo .. full_hi are seen whole, by every query: the last one's window begins latest, the first one's ends first.
@@ -219,7 +218,7 @@ def decode_kernel(
     for start_n in range(full_lo, full_hi, BLOCK_N):
         b_o, b_l, b_m = attend_to_tile(
             b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, p_table, stride_kb, stride_kn, stride_vb, stride_vn,
-            capacity, num_pages, lo, hi, left, right, score_scale, softcap_scale,
+            capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WARPS, SPLIT, PAGE_SIZE, False, PRECISION,
         )  # fmt: skip
     # The ragged tiles, before and after: a few, of few programs. Not pipelined, they take no shared memory from the others.
@@ -228,7 +227,7 @@ def decode_kernel(
         start_n = tl.where(i < before, begin + i * BLOCK_N, full_hi + (i - before) * BLOCK_N)
         b_o, b_l, b_m = attend_to_tile(
             b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, p_table, stride_kb, stride_kn, stride_vb, stride_vn,
-            capacity, num_pages, lo, hi, left, right, score_scale, softcap_scale,
+            capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WARPS, SPLIT, PAGE_SIZE, True, PRECISION,
         )  # fmt: skip
 
@@ -333,7 +332,7 @@ def copy_rows(p_from, p_to, there, NUM_COLS: tl.constexpr, COLS: tl.constexpr):
 def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, table: Tensor | None) -> None:
     """Write k and v behind each sequence's keys, in place. Tensors in rows; arguments as in flash_attention_kvcache."""
     batch, kv_heads, new, _ = k.shape
-    grid = (batch * kv_heads * triton.cdiv(new, COPY_ROWS),)
+    grid = (batch * kv_heads * _cdiv(new, COPY_ROWS),)
     with device_of(k):
         append_kernel[grid](
             k, v, k_cache, v_cache, seqlens, table, *row_strides(k, v, k_cache, v_cache), _stride(table),
@@ -364,7 +363,7 @@ def decode(
     kv_heads, dv = k_cache.shape[1], v_cache.shape[-1]
     capacity, page_size = _capacity(k_cache, table), _page_size(k_cache, table)
     tile = tile or choose_decode_tile(max(d, dv), nq * heads // kv_heads, q.dtype, q.device)
-    programs = batch * kv_heads * triton.cdiv(nq * heads // kv_heads, tile.block_m)  # for each split
+    programs = batch * kv_heads * _cdiv(nq * heads // kv_heads, tile.block_m)  # for each split
     num_splits = num_splits or choose_splits(programs, min(capacity, nq + left), tile, q.device)
     out = empty_output(q, v_cache)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -397,7 +396,7 @@ def choose_splits(programs: int, keys: int, tile: DecodeTile, device: torch.devi
 
     Enough that every place on the GPU is taken; beyond that, as many as balance sequences of different lengths.
     """
-    tiles = triton.cdiv(keys, tile.block_n)
+    tiles = _cdiv(keys, tile.block_n)
     places = tile.resident * _processors(device)
     splits = max(places // programs, min(FILL * places // programs, tiles // SHORTEST))
     return max(1, min(splits, tiles, MOST_SPLITS))
@@ -406,6 +405,10 @@ def choose_splits(programs: int, keys: int, tile: DecodeTile, device: torch.devi
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv is made for kernels, and takes 4 us outside of them
 
 
 def _page_size(k_cache: Tensor, table: Tensor | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import flash_edu
 from flash_edu import flash_attention, flash_attention_kvcache, kvcache_ops
+from flash_edu.course import bounds
 from flash_edu.testing import assert_close
 
 HEADS = [(3, 3), (4, 2), (7, 1), (14, 2)]  # multi-head, grouped-query, multi-query, groups of seven
@@ -131,7 +132,7 @@ def dtypes_of(backend):
     return [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=[None, 1, 3, 8])
+@pytest.fixture(params=[None, 1, 3])
 def splits(request, backend, monkeypatch):
     """How many programs share a sequence: as chosen, or forced."""
     if request.param is not None:
@@ -164,6 +165,13 @@ def test_splits(nq, page_size, splits, backend):
         check(replace(problem, options=options), backend)
 
 
+def test_more_splits_than_one_round_of_the_merge(monkeypatch):
+    from flash_edu.kernels import decode
+
+    monkeypatch.setattr(decode, "choose_splits", lambda *_: 70)
+    check(make_problem((300, 2048), 1, 1, 2, d=16, dtype=torch.float16, hot=3.0), "triton")
+
+
 @pytest.mark.parametrize("d, dv", [(40, 40), (59, 59), (80, 80), (96, 96), (128, 128), (256, 256), (64, 32), (16, 128), (192, 1)])
 def test_head_dims(d, dv, backend):
     for dtype in dtypes_of(backend)[-2:]:
@@ -175,7 +183,7 @@ OPTIONS = {
     "full": {"causal": False},
     "scale": {"scale": 0.3},
     "softcap": {"softcap": 2.0},
-    "a wide softcap": {"softcap": 50.0, "causal": False},
+    "a wide softcap": {"softcap": 1000.0, "causal": False},  # near 0, tanh must keep every place
     "one slope for a head": {"alibi_slopes": "heads"},
     "slopes of each sequence": {"alibi_slopes": "batch"},
     "slopes, full": {"alibi_slopes": "heads", "causal": False},
@@ -193,23 +201,21 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("page_size", [None, 16])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, page_size, backend):
+def test_options(name, backend):
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
     tensors = {"heads": draw(4).abs(), "batch": draw(4, 4).abs(), "fp32": draw(4), "half": draw(4).half()}
     options = {key: tensors[value] if isinstance(value, str) else value for key, value in OPTIONS[name].items()}
-    for nq, dtype in itertools.product((1, 5), dtypes_of(backend)[:2]):
+    for nq, page_size, dtype in ((1, None, torch.float16), (5, None, torch.float32), (5, 16, torch.float16)):
         check(make_problem((0, 1, 100, 67), 4, 2, nq, dtype=dtype, page_size=page_size, **options), backend)
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 64, 256])
 @pytest.mark.parametrize("new", [0, 1, 20])
 def test_pages(new, page_size, backend):
-    lengths = [max(n, new) for n in (0, page_size, page_size + 1, 3 * page_size - 1)]
-    for dtype in dtypes_of(backend)[:2]:
-        check(make_problem(lengths, 4, 2, 3, new=new, page_size=page_size, dtype=dtype), backend)
+    lengths = [max(n, new) for n in (0, page_size, page_size + 1, 2 * page_size - 1)]
+    check(make_problem(lengths, 4, 2, 3, new=new, page_size=page_size, dtype=torch.float16), backend)
 
 
 def test_shared_pages(backend):
@@ -382,6 +388,23 @@ def test_pages_that_do_not_exist_are_not_written(backend):
     page, row = problem.table[1, 1], 25 - 2 - 16
     before[page, :, row : row + 2] = problem.k[1]
     assert torch.equal(problem.k_cache.nan_to_num(123.0), before.nan_to_num(123.0))
+
+
+@pytest.mark.skipif(ON_GPU, reason="Triton's interpreter can be watched")
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_kernels_stay_within_their_tensors(page_size):
+    """Not one address outside, whatever stands in lengths and tables: the last tile ends behind cache and table."""
+    problem = make_problem((48, 20, 47), 4, 2, 2, capacity=48, new=1, page_size=page_size, window=(25, 0))
+    with bounds.checked():
+        check(problem, "triton")
+        problem.k_cache.nan_to_num_(0.0)
+        problem.v_cache.nan_to_num_(0.0)
+        for absurd in (-(2**31), -1, 48, 2**31 - 1):
+            problem.seqlens[2] = absurd
+            problem.call("triton")
+            if page_size:
+                problem.table[2] = absurd
+                problem.call("triton")
 
 
 @pytest.mark.parametrize("which", ["batch", "head", "row"])
