@@ -1,4 +1,4 @@
-"""Decoding: attention of a few new queries to a cache of keys and values, which may grow in place and may be paged."""
+"""Decoding: attention of a few new queries to a cache of keys and values that grows in place, in pages or not."""
 import math
 
 import torch
@@ -30,51 +30,62 @@ def flash_attention_kvcache(
 ) -> Tensor:
     """Attention of new queries to the keys and values that a cache holds, each sequence at its own length.
 
-    For generation: one query a sequence, or a few when several tokens are guessed at once. If k and v are given they are first
-    written into the cache, in place, at positions cache_seqlens[b] .. cache_seqlens[b] + Nnew - 1. `cache_seqlens` itself is not
-    changed: add Nnew to it before the next step. A step of a model with two layers:
+    For generation: one query a sequence, or a few when several tokens are guessed at once. k and v, if given,
+    are first written into the cache, in place, at positions cache_seqlens[b] .. cache_seqlens[b] + Nnew - 1.
+    `cache_seqlens` itself is not changed: add Nnew to it when all layers are done. A step of a model:
 
-        for cache in caches:                                  # k_cache, v_cache (B, Hkv, Nmax, D); lengths (B,) int32
-            out = flash_attention_kvcache(q, *cache, lengths, k=k, v=v)
+        for layer, (k_cache, v_cache) in zip(layers, caches):      # (B, Hkv, Nmax, D); lengths (B,) int32
+            q, k, v = layer.project(x)
+            out = flash_attention_kvcache(q, k_cache, v_cache, lengths, k=k, v=v)
+            ...
         lengths += k.shape[2]
 
-    Split-KV decoding (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023), with as many parts for each sequence as fill the GPU.
-    Pages are those of PagedAttention (Kwon et al. 2023, arXiv:2309.06180). Nothing waits for the GPU, so a call can be captured
-    in a CUDA graph, and replayed after cache_seqlens, block_table and the rest have been changed in place.
+    Split-KV decoding (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023), with as many parts of each sequence
+    as fill the GPU. Pages are those of PagedAttention (Kwon et al. 2023, arXiv:2309.06180). Nothing waits for
+    the GPU, so a call can be captured in a CUDA graph, and replayed after cache_seqlens, block_table and the
+    rest have been changed in place.
 
     Args:
-        q: queries (B, Hq, Nq, D), fp16, bf16, fp32 or fp64, any strides. They are the last Nq tokens of each sequence.
-        k_cache: keys (B, Hkv, Nmax, D), dtype and device of q; Hq a multiple of Hkv, as in `flash_attention`. Any strides, but the
-            head dim must be contiguous. What lies behind a sequence's end is never used, and may be NaN.
+        q: queries (B, Hq, Nq, D), fp16, bf16 or fp32 (fp64 with backend "torch"), any strides: the last Nq
+            tokens of each sequence.
+        k_cache: keys (B, Hkv, Nmax, D), dtype and device of q; Hq a multiple of Hkv, as in `flash_attention`.
+            Any strides, but the head dim must be contiguous. What lies behind a sequence's end is never used,
+            and may be NaN.
         v_cache: values (B, Hkv, Nmax, Dv), likewise. D and Dv are any sizes from 1 to 256.
-        cache_seqlens: (B,) int32 or int64, on the device of q: how many keys of each sequence are in the cache before this call.
-            A sequence has len = cache_seqlens[b] + Nnew keys (Nnew = 0 without k and v).
+        cache_seqlens: (B,) int32 or int64, on the device of q: how many keys of each sequence are in the
+            cache before this call. A sequence has len = cache_seqlens[b] + Nnew keys (Nnew = 0 without k and
+            v).
         k, v: (B, Hkv, Nnew, D) and (B, Hkv, Nnew, Dv): new keys and values, both or neither.
-        block_table: (B, pages_per_sequence) int32. The caches are then pages, (num_pages, Hkv, page_size, D or Dv), page_size a
-            multiple of 16, and token t of sequence b is row t % page_size of page block_table[b, t // page_size]. Pages lie in
-            any order. Sequences may share pages that are only read; entries behind a sequence's end may be anything.
-        causal: query i attends to keys 0 .. i + len - Nq: aligned bottom-right, the last query sees every key.
+        block_table: (B, pages_per_sequence) int32. The caches are then pages, (num_pages, Hkv, page_size, D
+            or Dv), with page_size a multiple of 16, and token t of sequence b is row t % page_size of page
+            block_table[b, t // page_size]. Pages lie in any order. Sequences may share pages that are only
+            read. Entries behind a sequence's end may be anything.
+        causal: query i attends to keys 0 .. i + len - Nq: aligned bottom-right, the last query sees every
+            key.
         scale: what the scores are multiplied with; 1 / sqrt(D) if None.
-        window: (left, right): query i attends to keys i + len - Nq - left .. i + len - Nq + right. None or -1 is no limit. Keys
-            that no query sees are not read.
+        window: (left, right): query i attends to keys i + len - Nq - left .. i + len - Nq + right. None or -1
+            is no limit. Keys that no query sees are not read.
         softcap: scores become softcap * tanh(score / softcap), after scale and before ALiBi.
-        alibi_slopes: (Hq,) or (B, Hq), fp32: slope * |i + len - Nq - j| is subtracted from the score of query i and key j.
-        sinks: (Hq,), fp16, bf16, fp32 or fp64: for each head one more score in the softmax, which has no value.
+        alibi_slopes: (Hq,) or (B, Hq), fp32: slope * |i + len - Nq - j| is subtracted from the score of query
+            i and key j.
+        sinks: (Hq,), fp16, bf16, fp32 or fp64: for each head one more score in the softmax, without a value.
         backend: "triton" (CUDA, or a CPU under TRITON_INTERPRET=1), "torch" (any device, slow), or "auto".
 
     Returns:
-        out (B, Hq, Nq, Dv), dtype of q. A query with nothing to attend to, as in a sequence of length 0, gives 0.
+        out (B, Hq, Nq, Dv), dtype of q. A query with nothing to attend to, as in a sequence of length 0,
+        gives 0. The same inputs give the same bits.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and value.
-        NotImplementedError: no backend, or not the named one, can serve the request; or a gradient would be needed.
+        NotImplementedError: no backend, or not the named one, can serve the request; or q, k, v, a cache,
+            slopes or sinks require a gradient (decoding has none) while gradients are recorded.
 
-    Lengths and page numbers are on the GPU and are not checked, which would mean to wait for it. Nothing outside the tensors is
-    ever read or written: a length below 0 counts as 0, and one above the capacity (Nmax, or pages_per_sequence * page_size) as the
-    capacity. New keys that do not fit are dropped, and len is then the capacity. A page number that does not exist is read as the
-    nearest one that does, and not written. The results of such a sequence mean nothing; those of the others are right.
-
-    Under autocast, q, k and v are cast to the dtype of the cache. Results are the same bits for the same inputs.
+    Lengths and page numbers are on the GPU and are not checked, which would mean to wait for it. Nothing
+    outside the tensors is ever read or written: a length below 0 counts as 0, and one above the capacity
+    (Nmax, or pages_per_sequence * page_size) as the capacity. New keys that do not fit are dropped, and len
+    is then the capacity. A page number that does not exist is read as the nearest one that does, and not
+    written. The results of such a sequence mean nothing; those of the others are right. Under autocast, q, k
+    and v are cast to the dtype of the cache.
     """
     q, k, v = _cast_to_cache(q, k, v, k_cache)
     _check_caches(q, k_cache, v_cache, cache_seqlens, block_table)
@@ -88,6 +99,11 @@ def flash_attention_kvcache(
     softcap = None if softcap is None else _check_softcap(softcap)
     left, right = _limits(causal, window)
     backend = _pick_backend(backend, q)
+    _require(
+        backend == "torch" or q.dtype != torch.float64,
+        NotImplementedError,
+        lambda: f"backend={backend!r} cannot serve this: its kernels sum in float32, q is float64; backend='torch' can",
+    )
     with torch.no_grad():  # there is no gradient, so autograd need not ask
         if new:
             kvcache_ops.kvcache_append(k_cache, v_cache, k, v, cache_seqlens, block_table, backend)

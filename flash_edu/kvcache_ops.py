@@ -1,7 +1,8 @@
-"""The two operators of decoding: `flash_edu::kvcache_append` writes new keys and values, `flash_edu::kvcache_attention` reads.
+"""The two operators of decoding: `flash_edu::kvcache_append` writes new keys and values,
+`flash_edu::kvcache_attention` reads.
 
-Two, so that torch.compile knows of each step what it changes: an attention that declared the caches as changed might have them
-copied. Neither has a gradient.
+Two, so that torch.compile knows of each step what it changes: an attention that declared the caches as
+changed might have them copied. Neither has a gradient.
 """
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ def kvcache_append(
     block_table: Tensor | None,
     backend: str,
 ) -> None:
-    """Write k and v behind each sequence's keys. Arguments are those of `flash_attention_kvcache`, already checked."""
+    """Write k and v behind each sequence's keys. Arguments are those of `flash_attention_kvcache`, already
+    checked.
+    """
     if k_cache.numel() and k.numel():
         table = block_table if block_table is None else in_rows(block_table)
         _implementation(backend).append(k_cache, v_cache, in_rows(k), in_rows(v), cache_seqlens.contiguous(), table)
@@ -56,8 +59,9 @@ def kvcache_attention(
     sinks: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """out (B, Hq, Nq, Dv) over the first cache_seqlens + new keys of each sequence; query i, at i + length - Nq, sees `left` keys
-    before and `right` keys after its own place. The rest as in `flash_attention_kvcache`, already checked."""
+    """out (B, Hq, Nq, Dv) over the first cache_seqlens + new keys of each sequence; query i, at i + length -
+    Nq, sees `left` keys before and `right` keys after its own place. The rest as in
+    `flash_attention_kvcache`, already checked."""
     if q.numel() == 0 or k_cache.numel() == 0:  # nothing to compute, or nothing to attend to
         return empty_output(q, v_cache).zero_()
     seqlens = cache_seqlens.contiguous()

@@ -1,7 +1,7 @@
 """Decoding in plain PyTorch: what `flash_attention_kvcache` means, and its backend for any device.
 
-One sequence at a time, over the whole capacity of its cache: it never asks how long a sequence is, since on a GPU the answer
-would have to be waited for.
+One sequence at a time, over the whole capacity of its cache: it never asks how long a sequence is, since on a
+GPU the answer would have to be waited for.
 """
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, length: Tensor, left: int, right: int, scale: float, softcap: float | None,
     slopes: Tensor | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """One sequence: q (Hq, Nq, D) and the whole cache, k (Hkv, N, D) and v (Hkv, N, Dv), of which `length` keys are there."""
+    """One sequence: q (Hq, Nq, D) and the whole cache, k (Hkv, N, D) and v (Hkv, N, Dv), of which `length`
+    keys are there.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     q_heads = q.to(wide).unflatten(0, (k.shape[0], -1))  # (Hkv, G, Nq, D): the group's heads read the same keys
     key = torch.arange(k.shape[1], device=q.device)
@@ -83,7 +85,9 @@ def _sequence(cache: Tensor, table: Tensor | None, b: int) -> Tensor:
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """Over the last axis of (Hq, Nq, N); a sink is one more score of each row. A row without any score gives 0."""
+    """Over the last axis of (Hq, Nq, N); a sink is one more score of each row. A row without any score gives
+    0.
+    """
     keys = s.shape[-1]
     if sinks is not None:
         s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(-1, s.shape[1], 1)), dim=-1)

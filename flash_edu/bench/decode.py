@@ -1,9 +1,12 @@
-"""Decoding beside its peers: how fast K and V are read. `python -m flash_edu.bench.decode [--json FILE] [--tune]` (needs a GPU).
+"""Decoding beside its peers: how fast K and V are read. Needs a CUDA GPU.
 
-One query a sequence, 32 query heads, 8 key/value heads, d = 128, bf16. Nothing else takes time as reading K and V does, so a
-speed is their bytes over the time of a call; the device's own copy, which is the ceiling, is measured too. Each call reads other
-buffers than the last ones, so that nothing is in the L2 cache, and calls are replayed from a CUDA graph: what Python takes for
-one call is printed by itself. A speed is only reported for a right answer.
+    python -m flash_edu.bench.decode [--json FILE] [--d 128] [--tune]
+
+One query a sequence, 32 query heads, 8 key/value heads, d = 128, bf16. Nothing else takes time as reading K
+and V does, so a speed is their bytes over the time of a call; the device's own copy, which is the ceiling, is
+measured too. Each call reads other buffers than the last ones, so that nothing is in the L2 cache, and calls
+are replayed from a CUDA graph: what Python takes for one call is printed by itself. A speed is only reported
+for a right answer.
 
 --tune tries tiles and numbers of splits instead, and prints the best ones for flash_edu/kernels/tiles.py.
 """
@@ -107,7 +110,9 @@ PEERS = {
 
 
 def microseconds(run: Callable[[dict], Tensor], cell: Cell, budget_ms: float) -> float:
-    """Of one call on the GPU: median over replays of a graph that calls with each of the cell's inputs in turn."""
+    """Of one call on the GPU: median over replays of a graph that calls with each of the cell's inputs in
+    turn.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and makes the libraries' handles
@@ -166,7 +171,9 @@ def _words(result: dict) -> str:
 
 
 def python_path() -> dict[str, float]:
-    """Microseconds from calling to being called again, at B = 1, N = 4096, where the GPU would be done sooner."""
+    """Microseconds from calling to being called again, at B = 1, N = 4096, where the GPU would be done
+    sooner.
+    """
     x = Cell(1, 4096, 128, "plain").inputs[0]
     new = torch.randn(1, KV_HEADS, 1, 128, device="cuda", dtype=torch.bfloat16)
     x["cache_seqlens"] -= 1
@@ -262,7 +269,9 @@ def _print_best(batch: int, n: int, kind: str, results: list[dict], default: Dec
 
 
 def _print_overall(rows: list[dict]) -> None:
-    """For each tile, with the splits that choose_splits gives: how near it comes to the best of each cell, on average and at worst."""
+    """For each tile, with the splits that choose_splits gives: how near it comes to the best of each cell, on
+    average and at worst.
+    """
     cells = {}
     for row in rows:
         if "us" in row:

@@ -1,15 +1,17 @@
 """Attention to a KV cache: few queries, many keys, so that all the time goes into reading K and V once.
 
-Split-KV decoding (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023, pytorch.org/blog/flash-decoding; PyTorch's flex_decoding
-is a relative). A token asks only one query of each head, which would leave most of a GPU idle, so the keys of a sequence are
-divided too. The same merge, of partial results by their log-sum-exp, is made three times:
+Split-KV decoding (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023, pytorch.org/blog/flash-decoding;
+PyTorch's flex_decoding is a relative). A token asks only one query of each head, which would leave most of a
+GPU idle, so the keys of a sequence are divided too. The same merge, of partial results by their log-sum-exp,
+is made three times:
 
   - within a warp, tile after tile: the online softmax of forward.py;
-  - between the warps of a program, once at its end. Each warp has walked keys of its own, a fraction of every tile, and none has
-    waited for another's maximum: its products are tl.dot's with the warp as their batch;
+  - between the warps of a program, once at its end. Each warp has walked keys of its own, a fraction of every
+    tile, and none has waited for another's maximum: its products are tl.dot's with the warp as their batch;
   - between the programs that share a sequence, by the second kernel.
 
-The `group` query heads that share a key/value head are rows of the same tile, so that their keys are read once for all.
+The `group` query heads that share a key/value head are rows of the same tile, so that their keys are read
+once for all.
 """
 import functools
 
@@ -25,7 +27,7 @@ from flash_edu.layout import empty_output
 
 # Numbers that change from call to call: no variant of a kernel for each class of values.
 SIZES = ["kv_heads", "group", "Nq", "Nnew", "capacity", "num_pages", "left", "right", "num_splits"]
-FILL = 4  # as many programs as fit on the GPU at once, times this: lengths differ, and who is done early takes another
+FILL = 4  # times as many programs as fit on the GPU at once: lengths differ, and who is done early takes another
 SHORTEST = 16  # tiles: a program with fewer pays more for its start than the balance is worth
 MOST_SPLITS = 256
 COPY_ROWS = 16  # new keys that a program of append_kernel copies
@@ -36,7 +38,9 @@ COPY_ROWS = 16  # new keys that a program of append_kernel copies
 
 @triton.jit
 def length_of(seqlens_ptr, batch, Nnew, capacity):
-    """Keys of a sequence, the new ones among them. No value in cache_seqlens makes it less than 0 or more than fits."""
+    """Keys of a sequence, the new ones among them. No value in cache_seqlens makes it less than 0 or more
+    than fits.
+    """
     before = tl.minimum(tl.maximum(tl.load(seqlens_ptr + batch), 0), capacity).to(tl.int32)
     return tl.minimum(before + Nnew, capacity)
 
@@ -63,7 +67,9 @@ def tile_rows(
     start_n, table_ptr, stride_page, stride_n, capacity, num_pages,
     BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """How far from the cache's first row the rows of a tile lie, shaped as its keys. start_n is a multiple of BLOCK_N."""
+    """How far from the cache's first row the rows of a tile lie, shaped as its keys. start_n is a multiple of
+    BLOCK_N.
+    """
     if table_ptr is None:
         first = tl.cast(start_n, tl.int64) * stride_n
         o_row = first + tile_keys(0, BLOCK_N, WARPS).to(tl.int64) * stride_n
@@ -80,7 +86,7 @@ def tile_rows(
 
 @triton.jit
 def load_rows(p_cache, o_row, there, NUM_COLS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of K or V: o_row's shape and COLS more, 0 where a row is not there. Unmasked, all rows are there."""
+    """Rows of K or V: o_row's shape and COLS more, 0 where a row is not there. Unmasked, all are there."""
     o_col = tl.arange(0, COLS)[None, :] if len(o_row.shape) == 1 else tl.arange(0, COLS)[None, None, :]
     p_rows = p_cache + tl.expand_dims(o_row, len(o_row.shape)) + o_col
     if MASKED:
@@ -112,10 +118,11 @@ def attend_to_tile(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold one tile of keys into (O, l, m). MASKED: it has keys outside lo .. length, or some that only some queries see.
+    """Fold one tile of keys into (O, l, m). MASKED: it has keys outside lo .. length, or some that only some
+    queries see.
 
-    Shapes: b_q (M, D), b_s (M, N), b_o (M, Dv), b_l and b_m (M,), each with a first axis of WARPS if warps walk apart.
-    b_query (M, 1): the queries' positions among the keys.
+    Shapes: b_q (M, D), b_s (M, N), b_o (M, Dv), b_l and b_m (M,), each with a first axis of WARPS if warps
+    walk apart. b_query (M, 1): the queries' positions among the keys.
     """
     ROWS_AXIS: tl.constexpr = len(b_q.shape) - 2
     o_n = tile_keys(start_n, BLOCK_N, WARPS)
@@ -159,11 +166,12 @@ def decode_kernel(
     kv_heads, group, Nq, Nnew, capacity, num_pages, left, right, num_splits, score_scale, softcap_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of rows, split, key/value head and sequence. A row is a query of a head: query * group + head.
+    """One program per tile of rows, split, key/value head and sequence. A row is a query of a head: query *
+    group + head.
 
-    Rows that share keys stand next to each other in the grid, so that what one reads is in the cache for the next.
+    Rows that share keys stand next to each other in the grid, so that what one reads is in the cache for the
+    next.
     """
     num_tiles_m = tl.cdiv(Nq * group, BLOCK_M)
     o_m = tl.program_id(0) % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,7 +191,8 @@ def decode_kernel(
     num_tiles = tl.maximum(0, tl.cdiv(length, BLOCK_N) - first_tile)
     begin = (first_tile + (split * num_tiles) // num_splits) * BLOCK_N
     end = (first_tile + ((split + 1) * num_tiles) // num_splits) * BLOCK_N
-    # Tiles in full_lo .. full_hi are seen whole, by every query: the last one's window begins latest, the first one's ends first.
+    # Tiles in full_lo .. full_hi are seen whole, by every query: the last one's window begins latest, the
+    # first one's ends first.
     full_lo = tl.cdiv(tl.maximum(0, length - 1 - left), BLOCK_N) * BLOCK_N
     full_lo = tl.minimum(end, tl.maximum(begin, full_lo))
     full_hi = tl.maximum(0, tl.minimum(length, first_position + 1 + right)) // BLOCK_N * BLOCK_N
@@ -204,16 +213,16 @@ def decode_kernel(
     b_query = (first_position + query)[:, None]
     b_slope = None
     if slopes_ptr is not None:
-        b_slope = tl.load(slopes_ptr + batch * stride_sb + head, mask=in_rows, other=0.0).to(WIDE)[:, None] * LOG2E
+        b_slope = tl.load(slopes_ptr + batch * stride_sb + head, mask=in_rows, other=0.0).to(tl.float32)[:, None] * LOG2E
     if WARPS == 1:
-        b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=WIDE)
-        b_l = tl.zeros([BLOCK_M], dtype=WIDE)
-        b_m = tl.full([BLOCK_M], float("-inf"), dtype=WIDE)
+        b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     else:
         b_q = tl.broadcast_to(b_q[None, :, :], [WARPS, BLOCK_M, BLOCK_D])
-        b_o = tl.zeros([WARPS, BLOCK_M, BLOCK_DV], dtype=WIDE)
-        b_l = tl.zeros([WARPS, BLOCK_M], dtype=WIDE)
-        b_m = tl.full([WARPS, BLOCK_M], float("-inf"), dtype=WIDE)
+        b_o = tl.zeros([WARPS, BLOCK_M, BLOCK_DV], dtype=tl.float32)
+        b_l = tl.zeros([WARPS, BLOCK_M], dtype=tl.float32)
+        b_m = tl.full([WARPS, BLOCK_M], float("-inf"), dtype=tl.float32)
 
     for start_n in range(full_lo, full_hi, BLOCK_N):
         b_o, b_l, b_m = attend_to_tile(
@@ -221,7 +230,8 @@ def decode_kernel(
             capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WARPS, SPLIT, PAGE_SIZE, False, PRECISION,
         )  # fmt: skip
-    # The ragged tiles, before and after: a few, of few programs. Not pipelined, they take no shared memory from the others.
+    # The ragged tiles, before and after: a few, of few programs. Not pipelined, they take no shared memory
+    # from the others.
     before = (full_lo - begin) // BLOCK_N
     for i in tl.range(0, before + (end - full_hi) // BLOCK_N, num_stages=1):
         start_n = tl.where(i < before, begin + i * BLOCK_N, full_hi + (i - before) * BLOCK_N)
@@ -234,7 +244,7 @@ def decode_kernel(
     # Merge the warps, and the sink, a score without a value, which must count in one split only.
     b_top = b_m if WARPS == 1 else tl.max(b_m, 0)
     if sinks_ptr is not None:
-        b_sink = tl.load(sinks_ptr + head, mask=in_rows & (split == 0), other=float("-inf")).to(WIDE) * LOG2E
+        b_sink = tl.load(sinks_ptr + head, mask=in_rows & (split == 0), other=float("-inf")).to(tl.float32) * LOG2E
         b_top = tl.maximum(b_top, b_sink)
     b_anchor = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_weight = tl.exp2(b_m - b_anchor)
@@ -262,14 +272,14 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["heads", "Nq", "num_splits"])
 def merge_kernel(
     part_ptr, lse_ptr, out_ptr, stride_ob, stride_oh, stride_om, heads, Nq, num_splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program per query of a head: its splits' results, always in the same order, weighted by exp2(lse)."""
+    """One program per query of a head: its splits' results, always in one order, weighted by exp2(lse)."""
     row = tl.program_id(0).to(tl.int64)
     o_dv = tl.arange(0, BLOCK_DV)
-    b_o = tl.zeros([BLOCK_DV], dtype=WIDE)
-    l = tl.cast(0.0, WIDE)
-    m = tl.cast(float("-inf"), WIDE)
+    b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    l = tl.cast(0.0, tl.float32)
+    m = tl.cast(float("-inf"), tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
         b_lse = tl.load(lse_ptr + row * num_splits + o_s, mask=o_s < num_splits, other=float("-inf"))
@@ -297,7 +307,9 @@ def append_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One program per key/value head and BLOCK_N new keys. A key that does not fit, or whose page does not exist, is dropped."""
+    """One program per key/value head and BLOCK_N new keys. A key that does not fit, or whose page does not
+    exist, is dropped.
+    """
     num_tiles = tl.cdiv(Nnew, BLOCK_N)
     o_n = tl.program_id(0) % num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head_index = (tl.program_id(0) // num_tiles).to(tl.int64)
@@ -330,7 +342,9 @@ def copy_rows(p_from, p_to, there, NUM_COLS: tl.constexpr, COLS: tl.constexpr):
 
 
 def append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, table: Tensor | None) -> None:
-    """Write k and v behind each sequence's keys, in place. Tensors in rows; arguments as in flash_attention_kvcache."""
+    """Write k and v behind each sequence's keys, in place. Tensors in rows; arguments as in
+    flash_attention_kvcache.
+    """
     batch, kv_heads, new, _ = k.shape
     grid = (batch * kv_heads * _cdiv(new, COPY_ROWS),)
     with device_of(k):
@@ -366,14 +380,12 @@ def decode(
     programs = batch * kv_heads * _cdiv(nq * heads // kv_heads, tile.block_m)  # for each split
     num_splits = num_splits or choose_splits(programs, min(capacity, nq + left), tile, q.device)
     out = empty_output(q, v_cache)
-    wide = torch.promote_types(q.dtype, torch.float32)
     part, lse, split_stride = out, None, 0
     if num_splits > 1:
-        part = q.new_empty((batch, heads, nq, num_splits, dv), dtype=wide)
-        lse = q.new_empty((batch, heads, nq, num_splits), dtype=wide)
+        part = q.new_empty((batch, heads, nq, num_splits, dv), dtype=torch.float32)
+        lse = q.new_empty((batch, heads, nq, num_splits), dtype=torch.float32)
         split_stride = dv
     softcap_scale, score_scale = (None, scale) if softcap is None else (scale / softcap, softcap)
-    precision = {"WIDE": tl.float64 if wide == torch.float64 else tl.float32}
     blocks = head_blocks(q, v_cache)
     with device_of(q):
         decode_kernel[(programs * num_splits,)](
@@ -381,20 +393,22 @@ def decode(
             split_stride, _stride(table), _stride(slopes) if slopes is not None and slopes.ndim == 2 else 0,
             kv_heads, heads // kv_heads, nq, new, capacity, k_cache.shape[0], left, right, num_splits,
             score_scale * LOG2E.value, softcap_scale, **blocks, **tile.options(paged=table is not None),
-            PAGE_SIZE=page_size, PRECISION=dot_precision(q.dtype), **precision,
+            PAGE_SIZE=page_size, PRECISION=dot_precision(q.dtype),
         )  # fmt: skip
         if num_splits > 1:
             merge_kernel[(batch * heads * nq,)](
                 part, lse, out, *row_strides(out), heads, nq, num_splits, DV=dv, BLOCK_DV=blocks["BLOCK_DV"],
-                BLOCK_S=32, num_warps=4, **precision,
+                BLOCK_S=32, num_warps=4,
             )  # fmt: skip
     return out
 
 
 def choose_splits(programs: int, keys: int, tile: DecodeTile, device: torch.device) -> int:
-    """Into how many parts to divide each sequence, of at most `keys` keys, if a part takes `programs` programs.
+    """Into how many parts to divide each sequence, of at most `keys` keys, if a part takes `programs`
+    programs.
 
-    Enough that every place on the GPU is taken; beyond that, as many as balance sequences of different lengths.
+    Enough that every place on the GPU is taken; beyond that, as many as balance sequences of different
+    lengths.
     """
     tiles = _cdiv(keys, tile.block_n)
     places = tile.resident * _processors(device)

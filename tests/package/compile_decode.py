@@ -19,7 +19,9 @@ KV_HEADS, CAPACITY, NO_LIMIT = 8, 4096, 2**30
 def compile_kernels(
     capability: int, tile: tiles.DecodeTile, dtype: torch.dtype, head_dim: int, page_size: int, rules: bool
 ) -> dict[str, object]:
-    """{kernel name: compiled kernel}, called as flash_attention_kvcache calls them. rules: softcap, slopes and sinks."""
+    """{kernel name: compiled kernel}, called as flash_attention_kvcache calls them. rules: softcap, slopes
+    and sinks.
+    """
     driver.set_active(compile_tiles.PretendGPU(capability))
     compiled = {}
     originals = {name: kernel.run for name, kernel in KERNELS.items()}
@@ -49,8 +51,8 @@ def copies(ptx: str) -> list[int]:
 
 
 def cases(gpu: str):
-    """Every tile of the table: without pages, with pages smaller than a tile, and with everything that changes scores. Pages as
-    big as a tile or bigger compile to nearly the same as none: once."""
+    """Every tile of the table: without pages, with pages smaller than a tile, and with everything that
+    changes scores. Pages as big as a tile or bigger compile to nearly the same as none: once."""
     for (name, itemsize, _), row in tiles.DECODE_TILES.items():
         if name == gpu:
             dtype = torch.bfloat16 if itemsize == 2 else torch.float32

@@ -25,7 +25,8 @@ def test_default_tiles(gpu):
         assert not kernel["warnings"], f"ptxas warns (serialised wgmma?): {kernel}"
     for kernel in decoding:
         assert kernel["tensor_cores"], f"no tensor core instruction: {kernel}"
-        # K and V are copied 16 bytes at a time, while earlier tiles are computed; the numbers of pages are the only other copies
+        # K and V are copied 16 bytes at a time, while earlier tiles are computed; the numbers of pages are
+        # the only other copies
         assert kernel["copies"] == ([4, 16] if kernel["page_size"] else [16]), f"narrow or blocking loads: {kernel}"
         programs, threads = kernel["resident"], 32 * kernel["tile"]["num_warps"]
         registers = -(-kernel["registers"] // 8) * 8 * threads  # allocated by eights

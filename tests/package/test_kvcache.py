@@ -1,7 +1,7 @@
 """Decoding against fp64, one sequence at a time: ragged lengths, pages, appending, every flag, both backends.
 
-Whatever a sequence does not use holds NaN: places behind its end, pages that are nobody's. Table entries behind a sequence's end
-point nowhere.
+Whatever a sequence does not use holds NaN: places behind its end, pages that are nobody's. Table entries
+behind a sequence's end point nowhere.
 """
 import inspect
 import itertools
@@ -393,7 +393,9 @@ def test_pages_that_do_not_exist_are_not_written(backend):
 @pytest.mark.skipif(ON_GPU, reason="Triton's interpreter can be watched")
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_kernels_stay_within_their_tensors(page_size):
-    """Not one address outside, whatever stands in lengths and tables: the last tile ends behind cache and table."""
+    """Not one address outside, whatever stands in lengths and tables: the last tile ends behind cache and
+    table.
+    """
     problem = make_problem((48, 20, 47), 4, 2, 2, capacity=48, new=1, page_size=page_size, window=(25, 0))
     with bounds.checked():
         check(problem, "triton")
@@ -478,7 +480,9 @@ def test_opcheck(page_size, backend):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_compile_fullgraph(page_size, dynamic, backend):
-    """Five steps of a compiled loop: the caches, changed in place, and the results are those of the plain one."""
+    """Five steps of a compiled loop: the caches, changed in place, and the results are those of the plain
+    one.
+    """
 
     def step(q, k_cache, v_cache, lengths, k, v, table):
         out = flash_attention_kvcache(q * 1.0, k_cache, v_cache, lengths, k=k, v=v, block_table=table, window=(9, 0), backend=backend)
@@ -559,6 +563,14 @@ def test_cuda_graph(page_size, backend):
 @pytest.mark.gpu
 def test_many_sequences():
     check(make_problem([i % 50 for i in range(3000)], 24, 24, 1, 16, dtype=torch.float16), "triton")
+
+
+def test_fp64_is_for_plain_pytorch():
+    problem = make_problem((20, 9), 4, 2, 2, dtype=torch.float64, softcap=3.0)
+    check(problem, "torch")
+    check(problem, "auto")
+    with pytest.raises(NotImplementedError, match="float64.*backend='torch' can"):
+        problem.call("triton")
 
 
 def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
