@@ -15,6 +15,7 @@ from flash_edu.course.manifest import Chapter, Course
 from flash_edu.course.mistakes import Mistake, make
 from flash_edu.course.report import ERROR, PASS
 
+# Of the processor's time, so that a busy machine gives no other diagnosis.
 SECONDS_FOR_ONE = 5  # to make one mistake on one input
 SECONDS = 10  # for everything said about one exercise
 MOST_INPUTS = 3  # failing claims that a mistake must explain to be named
@@ -33,15 +34,16 @@ class Suspects:
         self.left = list(mistakes)
         self.inputs = 0
         self._workshop = workshop
-        self._until = time.monotonic() + SECONDS
+        self._until = math.inf  # the clock starts with the first failure
 
     def face(self, item, status: str, message: str) -> bool:
         """Keep those that fail this test in the same way. False if there was no more time, or enough was seen."""
-        if self.inputs == MOST_INPUTS or not self.left or time.monotonic() > self._until:
+        if self.inputs == MOST_INPUTS or not self.left or time.process_time() > self._until:
             return False
+        self._until = min(self._until, time.process_time() + SECONDS)
         kept = []
         for mistake in self.left:
-            if time.monotonic() > self._until:
+            if time.process_time() > self._until:
                 return False  # half a comparison would name whoever came first
             if same_failure((status, message), self._workshop.try_out(mistake, item)):
                 kept.append(mistake)
@@ -52,7 +54,7 @@ class Suspects:
         """The answer passed this test: drop those that fail it, as long as somebody is left. True if any was dropped."""
         kept = []
         for mistake in self.left:
-            if time.monotonic() > self._until:
+            if time.process_time() > self._until:
                 return False
             if self._workshop.try_out(mistake, item)[0] == PASS:
                 kept.append(mistake)
@@ -96,18 +98,18 @@ class Workshop:
 
 @contextlib.contextmanager
 def _limited(seconds: float):
-    """TooLong is raised inside once so much time has passed. Only where signals work: the main thread of Linux or macOS."""
+    """TooLong is raised inside once so much processor time was used. Only where signals work: the main thread, not Windows."""
 
     def stop(*_):
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def same_failure(one: tuple[str, str], other: tuple[str, str]) -> bool:

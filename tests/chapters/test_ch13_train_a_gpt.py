@@ -275,6 +275,21 @@ def test_autocast(answer, dtype):
 
 
 @pytest.mark.exercise("13.2")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_is_float32_without_autocast(answer, dtype):
+    """16-bit logits and no autocast: the loss is computed in float32 all the same"""
+    model, (inputs, targets) = Spy(seed=2), examples(seed=7)
+    model.register_forward_hook(lambda module, args, logits: logits.to(dtype))
+    loss, _ = take_step(answer, model, sgd(model), inputs, targets)
+    log_p = model.logits.detach().to(dtype).double().log_softmax(-1)
+    right = -log_p.gather(-1, targets[..., None]).mean().item()
+    assert math.isclose(loss, right, rel_tol=1e-5), (
+        f"loss = {loss:.6f}; from the model's {dtype} logits it should be {right:.6f}. autocast_dtype is None here, so\n"
+        "nobody converts for you: logits.float() first."
+    )
+
+
+@pytest.mark.exercise("13.2")
 def test_the_loss_is_float32(answer):
     """under autocast the logits are bfloat16; the loss is computed from them in float32"""
     model, (inputs, targets) = Spy(), examples(seed=6)
