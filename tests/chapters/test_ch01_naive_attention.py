@@ -200,7 +200,7 @@ def test_scale_zero(answer):
     assert_attention(
         answer,
         case,
-        "All scores are 0, so all weights are equal. 0 is a scale too; `scale or default` loses it.",
+        "All scores are 0, so all weights are equal. 0 is a scale too: ask `if scale is None`; `scale or default` loses a 0.",
     )
 
 
@@ -321,7 +321,7 @@ def test_dtype_is_kept(answer, dtype):
     )
     if dtype != torch.float64:
         assert_attention(
-            answer, case, f"At {dtype}, the error is larger than that of the formula in plain PyTorch."
+            answer, case, f"If the claims above hold, a step is done in fewer digits than {dtype} has."
         )
         return
     error = (

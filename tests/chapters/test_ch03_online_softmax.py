@@ -172,8 +172,8 @@ def test_wide_row(answer):
 def test_double_precision(answer):
     """in double precision the weights are right to double precision"""
     look = (
-        "If only this claim fails, the error is small, but far above fp64's own. Nothing belongs in the denominator but the\n"
-        "sum: it is at least 1, so it needs no 1e-6 or 1e-9. And do not convert the scores to another dtype."
+        "If only this claim fails, the error is small, but far above fp64's own. Every row with a score has a sum of at least\n"
+        "1 and needs no 1e-6: only a sum of exactly 0 is replaced. And do not convert the scores to another dtype."
     )
     assert_weights(answer, rows_like(6, 11, dtype=torch.float64, seed=3), look)
 
@@ -285,6 +285,18 @@ def test_order_of_blocks(answer):
 
 
 @pytest.mark.exercise("3.2")
+def test_many_rows(answer):
+    """many rows at once: each has its own m and l"""
+    look = (
+        "amax(dim=-1) and sum(dim=-1) give one number per row, (...). To subtract it from a block (..., n), it needs a\n"
+        "last dimension: m_new[..., None]. The maximum moves in one row and not in another; the repair is row by row."
+    )
+    for shape in ((3, 14), (2, 3, 19), (14, 14)):
+        scores = rows_like(*shape, spread=8.0, seed=shape[-1])
+        assert_online(answer, list(scores.split(4, dim=-1)), look)
+
+
+@pytest.mark.exercise("3.2")
 def test_far_from_zero(answer):
     """scores near 1000 and near -1000"""
     for level in (1000.0, -1000.0):
@@ -299,18 +311,6 @@ def test_far_from_zero(answer):
         assert_online(answer, list((TOY + level).split(2)), about)
         assert_online(answer, list(rows_like(4, 21, level=level, seed=9).split(5, dim=-1)), about)
     assert_online(answer, list(LOWEST.split(2)), REPAIR)
-
-
-@pytest.mark.exercise("3.2")
-def test_many_rows(answer):
-    """many rows at once: each has its own m and l"""
-    look = (
-        "amax(dim=-1) and sum(dim=-1) give one number per row, (...). To subtract it from a block (..., n), it needs a\n"
-        "last dimension: m_new[..., None]. The maximum moves in one row and not in another; the repair is row by row."
-    )
-    for shape in ((3, 14), (2, 3, 19), (14, 14)):
-        scores = rows_like(*shape, spread=8.0, seed=shape[-1])
-        assert_online(answer, list(scores.split(4, dim=-1)), look)
 
 
 @pytest.mark.exercise("3.2")
