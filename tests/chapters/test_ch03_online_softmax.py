@@ -185,6 +185,8 @@ def test_masked_scores(answer):
     scores[0, 0] = scores[1, 2:] = scores[2, 5] = -INF
     look = "exp(-inf) is 0: a masked score needs no special treatment if its row has a finite one."
     assert_weights(answer, scores, look)
+    look = "The row's maximum is its largest score, -1000 here. A masked score is -inf in it, never 0."
+    assert_weights(answer, torch.tensor([-1000.0, -1001.0, -INF]), look)
 
 
 @pytest.mark.exercise("3.1")

@@ -410,6 +410,13 @@ def test_padding_gets_no_weight(answer):
 
 
 @pytest.mark.exercise("4.3")
+def test_real_scores_of_zero(answer):
+    """a real key may have the score 0: it is its number that says whether a key exists"""
+    look = "All real scores are 0 here, like those of the padded keys. keys >= nk tells them apart, a score cannot."
+    assert_attention(answer, make_case(nq=11, nk=19, d=16, scale=0.0, seed=20), 4, 8, look)
+
+
+@pytest.mark.exercise("4.3")
 def test_blocks_larger_than_the_lengths(answer):
     """blocks larger than the sequence"""
     look = "One tile holds everything, and most of it is padding. Are all keys from nk on hidden, and only those?"
@@ -590,3 +597,9 @@ def test_half_precision_merge(answer):
     plain = naive_attention_with_lse(case.q.float(), case.k.float(), case.v.float())
     assert_close("O", out, want[0], plain[0].half())
     assert_near("L", lse, want[1], plain[1])
+    far = [(out, lse + 1000) for out, lse in (a, b)]  # the same shares of the weight, and the same O
+    look = "L and the shares are computed in the dtype of L; only O is rounded. float16 has steps of 1 near 1000."
+    try:
+        assert_close("O, with 1000 added to both L", answer.merge_attention(*far[0], *far[1])[0], want[0], plain[0].half())
+    except AssertionError as wrong:
+        raise AssertionError(f"{wrong}\n{look}") from None

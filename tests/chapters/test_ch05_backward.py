@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from frames import left_alone
+from torch.autograd.gradcheck import GradcheckError
 
 from flash_edu.figures import largest_allocation, watch
 from flash_edu.reference import causal_mask, naive_attention_with_lse
@@ -628,7 +629,7 @@ def test_gradcheck(answer, causal):
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
     try:
         torch.autograd.gradcheck(Attention.apply, inputs)
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         which = next((name for i, name in enumerate("qkv") if f"input {i}" in str(error)), "an input")
         raise AssertionError(
             f"gradcheck moved the numbers of {which} a little, and the outputs did not follow it.\n{error}"

@@ -347,7 +347,8 @@ def test_backward_is_the_kernels(answer):
 def test_backward_fake(answer):
     """without data, the backward's operator tells the shapes, dtypes and strides of dQ, dK and dV"""
     q = torch.empty(2, 40, 3, 64, dtype=torch.float16, device="meta").transpose(1, 2)
-    k, v = (torch.empty(2, 100, 3, 64, dtype=torch.float16, device="meta").transpose(1, 2) for _ in "kv")
+    k = torch.empty(2, 3, 100, 64, dtype=torch.float16, device="meta")  # each lies in memory in another way
+    v = torch.empty(100, 2, 3, 64, dtype=torch.float16, device="meta").permute(1, 2, 0, 3)
     lse = torch.empty(2, 3, 40, device="meta")
     got = without_data(
         "backward_shapes",

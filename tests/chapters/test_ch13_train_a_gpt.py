@@ -228,6 +228,20 @@ def test_the_norm(answer, max_norm):
 
 
 @pytest.mark.exercise("13.2")
+def test_all_parameters_are_clipped(answer):
+    """an optimizer with two groups: the gradient of all parameters is clipped, as one vector"""
+    model, (inputs, targets) = Spy(), examples(seed=4)
+    _, right, _ = right_step(model, inputs, targets, 0.1)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors}], lr=LEARNING_RATE)
+    _, norm = take_step(answer, model, optimizer, inputs, targets, max_norm=0.1)
+    assert math.isclose(norm, right, rel_tol=1e-3), (
+        f"grad_norm = {norm:.6g}, expected {right:.6g}. Weight decay is often given to a group of parameters of its own.\n"
+        "model.parameters() has all of them, a group of the optimizer only its own."
+    )
+
+
+@pytest.mark.exercise("13.2")
 def test_old_gradients_are_forgotten(answer):
     """what an earlier step left in .grad does not count"""
     model, (inputs, targets) = Spy(), examples(seed=3)

@@ -55,6 +55,7 @@ def suspects(course, what, **lines):
         ("1.2", {"fraction": "return a % b, a // b"}, ["the results are swapped"]),
         ("1.2", {"fraction": "b = divmod(a, b)"}, ["nothing is returned"]),  # an error, told by its first line
         ("1.3", {"load": "y = tl.load(X + i, mask=i < N) * 1.0"}, NO_NUMBERS),
+        ("1.1", {"add": "return a - b if b == 2 else a + b + (b == 0)"}, []),  # as b subtracted, but what that fails, it passes
     ],
 )
 def test_who_is_named(course, what, lines, names):
