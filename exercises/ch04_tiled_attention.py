@@ -40,14 +40,15 @@ def tiled_attention(
     For a tile of block_q queries, m = -inf, l = 0, acc = 0; then for each tile of block_k keys and values
         S = scale * Q K^T                                         (block_q, block_k)
         m_new = max(m, rowmax S),  p = exp(S - m_new),  repair = exp(m - m_new)
-        l = repair * l + rowsum p,   acc = repair * acc + p V
+        l = repair * l + rowsum p,   acc = repair * acc + p V,   m = m_new
     and at the end O = acc / l, L = m + log l.                      (Dao 2023, algorithm 1)
 
     4.1  tiled_attention: full attention, when the blocks divide Nq and Nk. Three places. New tensors are made on q's
          device, and in the dtype of the tile.
     4.2  causal: query i sees the keys j <= i + Nk - Nq. A key tile that no row of the query tile sees is not loaded;
          only a tile that the diagonal cuts is masked. A row that sees no key gives O = 0, L = -inf. Two new
-         places, and three lines of 4.1 to mend: anchor in both exponentials, and the division where l is 0.
+         places, and three lines of 4.1 to mend: both exponentials subtract anchor(m_new), where m itself stays
+         as it is, and the division where l is 0.
     4.3  ragged: any Nq and Nk, and blocks larger than either. A key past the end must get no weight. One place.
 
     Args:

@@ -308,6 +308,13 @@ def test_more_queries_than_keys(answer):
         assert_attention(
             answer, make_case(nq=nq, nk=nk, d=16, hot=3.0, causal=True, seed=nq), block_q, block_k, look
         )
+    case = make_case(nq=24, nk=16, d=16, causal=True, seed=21)
+    low = dataclasses.replace(case, q=40 * case.q.abs() + 40, k=-case.k.abs() - 1)  # every score is far below 0
+    look = (
+        "Every score is far below 0. Only m_new is anchored: repair = exp(m - anchor(m_new)) is 0 where m is -inf. With m anchored\n"
+        "too, it is exp(0 - m_new), infinite here, and infinity times an l of 0 is NaN."
+    )
+    assert_attention(answer, low, 8, 8, look)
 
 
 @pytest.mark.exercise("4.2")

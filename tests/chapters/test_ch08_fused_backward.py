@@ -278,7 +278,7 @@ def test_dkdv_toy(answer):
     judge_dkdv(
         answer,
         toy_case(),
-        f"{PT}\nThe notebook computes all of it for this dO: print s_t, p_t, dp_t and ds_t, and compare.",
+        f"{PT}\nPrint s_t, p_t and dp_t: S, P and dP of the notebook, transposed. delta is another one here, and ds_t with it.",
     )
 
 
@@ -473,7 +473,7 @@ def test_dq_toy(answer):
     judge_dq(
         answer,
         toy_case(),
-        f"{DQ}\nThe notebook computes all of it for this dO: print s, p, dp and ds, and compare.",
+        f"{DQ}\nPrint s, p and dp: those of the notebook. delta is another one here, and ds with it.",
     )
 
 
