@@ -109,7 +109,7 @@ def make_mask(
         return attention_mask
     sides = _sides(kv_offset + kv_length, mask_function, local_size, allow_is_causal_skip, allow_is_bidirectional_skip, config)
     keys = kv_length if sides == (None, None) else _keys_in_use(q_length, kv_length, q_offset, kv_offset)
-    if sides is None or keys is None:
+    if sides is None or keys is None or (keys < kv_length and sides[1] != 0):  # the last: keys behind the last query are seen
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, allow_is_causal_skip=False,
             allow_is_bidirectional_skip=False, config=config, **others,

@@ -274,7 +274,7 @@ def shown(mask, batch, nq, nk):
     real = torch.ones(batch, nk, dtype=torch.bool)
     if mask.padding is not None:
         real[:, : mask.keys] = mask.padding
-    return seen & real[:, None, :]
+    return (seen & real[:, None, :]).expand(batch, nq, nk)
 
 
 FUNCTIONS = {
@@ -285,7 +285,6 @@ FUNCTIONS = {
         masking.sliding_window_bidirectional_mask_function(WINDOW),
         {"local_size": WINDOW, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True},
     ),
-    "chunks": (masking.chunked_causal_mask_function(WINDOW, torch.tensor([0, 3])), {"local_size": WINDOW}),
     "its own": (
         masking.or_masks(masking.causal_mask_function, lambda b, h, i, j: (i < 4) & (j < 4)), {"allow_is_causal_skip": False}
     ),
@@ -293,29 +292,36 @@ FUNCTIONS = {
         masking.bidirectional_mask_function, {"local_size": WINDOW, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
     ),
 }  # fmt: skip
-MATRICES = {"chunks", "its own"}
+CONFIG = hf.MistralConfig(sliding_window=WINDOW)
+CHUNKED = {  # other than a window of that size
+    "chunks": hf.Llama4TextConfig(attention_chunk_size=WINDOW),
+    "chunks beside a window": hf.Llama4TextConfig(attention_chunk_size=WINDOW, sliding_window=WINDOW),
+    "chunks of another size": hf.MistralConfig(sliding_window=WINDOW + 1),
+}
+
+
+WHERE = {  # queries, places before them, the first of these that is cached, and room behind them
+    "whole": (19, 0, 0, 0), "a window": (WINDOW, 0, 0, 0), "just over a window": (WINDOW + 1, 0, 0, 0), "static cache": (12, 0, 0, 9),
+    "more": (5, 8, 0, 0), "more, static cache": (5, 8, 0, 4), "more, past a window": (5, 9, 3, 0),
+    "one": (1, 12, 0, 0), "one, static cache": (1, 12, 0, 8), "one, past a window": (1, 12, 6, 0), "first, static cache": (1, 0, 0, 9),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-@pytest.mark.parametrize(
-    ("nq", "past", "first", "empty"),
-    [(19, 0, 0, 0), (12, 0, 0, 9), (5, 8, 0, 0), (5, 8, 0, 4), (5, 9, 3, 0), (1, 12, 0, 0), (1, 12, 0, 8), (1, 12, 6, 0)],
-    ids=["whole", "empty static cache", "more", "more, static cache", "more, past a window", "next", "next, static cache", "next, past a window"],
-)
-@pytest.mark.parametrize("what", FUNCTIONS)
+@pytest.mark.parametrize(("nq", "past", "first", "empty"), WHERE.values(), ids=WHERE)
+@pytest.mark.parametrize("what", [*FUNCTIONS, *CHUNKED])
 def test_masks_show_what_transformers_own_masks_show(what, nq, past, first, empty, padding):
-    """Places first .. past + nq are cached or new, and behind them a static cache has room."""
-    function, options = FUNCTIONS[what]
-    if what == "both ways" and (past or empty):
-        return  # nothing in transformers asks for that
-    nk = past + nq - first + empty
-    config = hf.Llama4TextConfig(attention_chunk_size=WINDOW) if what == "chunks" else hf.MistralConfig(sliding_window=WINDOW)
     real = None if padding == "none" else padded(past + nq, padding).cpu().bool()
-    asked = {"q_offset": past, "kv_offset": first, "mask_function": function, "attention_mask": real, "config": config} | options
+    hidden = torch.zeros(2, dtype=torch.long) if real is None else (real.cumsum(1) == 0).sum(1)  # chunks begin behind the padding
+    chunks = (masking.chunked_causal_mask_function(WINDOW, hidden), {"local_size": WINDOW})
+    function, options = FUNCTIONS.get(what, chunks)
+    nk = past + nq - first + empty
+    asked = {"q_offset": past, "kv_offset": first, "mask_function": function, "attention_mask": real} | options
+    asked["config"] = CHUNKED.get(what, CONFIG)
     mask = integration.make_mask(2, nq, nk, **asked)
     whole = masking.sdpa_mask(2, nq, nk, **asked | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     assert torch.equal(shown(mask, 2, nq, nk), whole[:, 0].expand(2, nq, nk))
-    if what in MATRICES and (what != "chunks" or nk >= WINDOW):
+    if what == "its own" or (what in CHUNKED and first + nk > WINDOW) or (what == "both ways" and empty):
         assert isinstance(mask, torch.Tensor)
     elif isinstance(mask, torch.Tensor):
         assert nq == 1 or mask.stride(2) == 0, "a mask of padding takes no room"
@@ -638,6 +644,11 @@ def test_arguments_are_served_under_every_mask(mask, options):
     module = OPEN if mask == "none" else CAUSAL
     wanted, _ = formula(module, *inputs, None if mask == "none" else whole, **options)
     torch.testing.assert_close(integration.attend(module, *inputs, given, **options)[0], wanted)
+
+
+def test_a_matrix_for_each_head_keeps_its_heads():
+    inputs, keep = layer(), lower(4, 6).to(DEVICE)[None, :, None, :]  # one row for all queries, another for each head
+    torch.testing.assert_close(integration.attend(CAUSAL, *inputs, keep)[0], formula(CAUSAL, *inputs, keep)[0])
 
 
 def test_a_bias_is_cropped_with_the_keys():
