@@ -220,7 +220,7 @@ def table(rows: list[dict]) -> str:
 
 TUNE = [  # (block_n, warps, stages, apart) of tiles with 16 rows
     *itertools.product((64,), (4,), (3, 4, 5), (True,)),
-    *itertools.product((128,), (4, 8), (2, 3), (True,)),
+    *itertools.product((128,), (8,), (2, 3), (True,)),
     *itertools.product((32,), (2,), (3, 4, 6), (True,)),
     *itertools.product((64, 128), (4,), (3, 4), (False,)),
     (64, 8, 4, False),
