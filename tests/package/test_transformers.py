@@ -304,6 +304,7 @@ WHERE = {  # queries, places before them, the first of these that is cached, and
     "whole": (19, 0, 0, 0), "a window": (WINDOW, 0, 0, 0), "just over a window": (WINDOW + 1, 0, 0, 0), "static cache": (12, 0, 0, 9),
     "more": (5, 8, 0, 0), "more, static cache": (5, 8, 0, 4), "more, past a window": (5, 9, 3, 0),
     "one": (1, 12, 0, 0), "one, static cache": (1, 12, 0, 8), "one, past a window": (1, 12, 6, 0), "first, static cache": (1, 0, 0, 9),
+    "begins before its keys": (5, 0, 2, 0), "ends behind its keys": (5, 8, 0, -2),
 }  # fmt: skip
 
 
@@ -323,11 +324,12 @@ def test_masks_show_what_transformers_own_masks_show(what, nq, past, first, empt
     assert torch.equal(shown(mask, 2, nq, nk), whole[:, 0].expand(2, nq, nk))
     if what == "its own" or (what in CHUNKED and first + nk > WINDOW) or (what == "both ways" and empty):
         assert isinstance(mask, torch.Tensor)
-    elif isinstance(mask, torch.Tensor):
+    elif isinstance(mask, torch.Tensor) and first <= past and empty >= 0:
         assert nq == 1 or mask.stride(2) == 0, "a mask of padding takes no room"
     counted = integration.make_mask(2, nq, nk, **asked | {"q_offset": torch.tensor(past)})  # as static caches count
     assert torch.equal(shown(counted, 2, nq, nk), whole[:, 0].expand(2, nq, nk)) and type(counted) is type(mask)
     if isinstance(mask, integration.Band):
+        assert mask.left is None or mask.left < nk - 1, "a window that holds all keys costs nothing"
         assert integration.make_mask(2, nq, nk, **asked | {"attention_mask": mask}) is mask, "generate() asks before the model does"
 
 
@@ -420,6 +422,8 @@ def test_tokens_that_see_each_other_within_a_causal_mask(asked):
 
 # --- caches -----------------------------------------------------------------------------------------------
 
+CACHE = "past_key_values" if OLD else "cache"
+
 
 def written(kind, attention, dtype, more=14, **options):
     """Tokens, of a prompt of 12 and some more, and the logits that each of these was chosen by."""
@@ -453,8 +457,7 @@ def test_text_read_in_pieces(kind, cache, asked):
         keys = {"config": model.config} | ({"max_cache_len": 32} if cache == "static" else {})
         memory = (hf.StaticCache if cache == "static" else hf.DynamicCache)(**keys)
         for end in (12, 17, 25, 26):
-            name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-            found.append(logits_of(model, input_ids=ids[:, start:end], attention_mask=real[:, :end], **{name: memory}))
+            found.append(logits_of(model, input_ids=ids[:, start:end], attention_mask=real[:, :end], **{CACHE: memory}))
             start = end
         return torch.cat(found, dim=1)[real.bool()]
 
@@ -537,6 +540,21 @@ def test_generates_when_compiled():
     assert torch.equal(*texts)
 
 
+def test_more_tokens_of_a_static_cache_when_compiled():
+    """The model makes its mask within the graph, of a count that is a tensor, and does not wait for the GPU to read it."""
+    torch.compiler.reset()
+    found, graphs = [], []
+    for compiled in (False, True):
+        model = tiny("llama")
+        memory = {CACHE: hf.StaticCache(config=model.config, max_cache_len=24)}
+        logits_of(model, input_ids=tokens()[:, :12], **memory)
+        if compiled:
+            model.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+        found.append(logits_of(model, input_ids=tokens()[:, 12:], **memory))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not [node for graph in graphs for node in graph.graph.nodes if node.target == "item"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 def test_autocast(kind):
     arguments, real = batch_for(kind, "left")
@@ -560,6 +578,14 @@ def test_the_kernels_generate():
     for cache in ({}, {"cache_implementation": "static"}):
         plain, got = (written("mistral", attention, torch.float32, more=4, **cache)[0] for attention in ("eager", name))
         assert torch.equal(plain, got)
+
+
+def test_the_kernels_take_packed_sequences():
+    """One is longer than a tile, and nobody says how long."""
+    ends, inputs = torch.tensor([0, 10, 150], device=DEVICE), [x[:1] for x in layer(150, 150, dtype=torch.float32)]
+    got, plain = (integration.attend(CAUSAL, *inputs, None, cu_seq_lens_q=ends, backend=backend)[0] for backend in ("triton", "torch"))
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
 
 
 # --- what a layer may pass --------------------------------------------------------------------------------
@@ -614,7 +640,7 @@ def test_a_window_without_a_mask_is_kept():
 def test_rows_that_see_nothing_give_zero():
     inputs = [x.requires_grad_() for x in layer()]
     real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    out, _ = integration.attend(CAUSAL, *inputs, integration.make_mask(2, 6, 6, attention_mask=real))
+    out, _ = integration.attend(CAUSAL, *inputs, integration.make_mask(2, 6, 6, attention_mask=real.long()))
     assert (out[1, :2] == 0).all() and (out[1, 2:] != 0).any()
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs) and (inputs[1].grad[1, :, :2] == 0).all()
@@ -651,6 +677,11 @@ def test_a_matrix_for_each_head_keeps_its_heads():
     torch.testing.assert_close(integration.attend(CAUSAL, *inputs, keep)[0], formula(CAUSAL, *inputs, keep)[0])
 
 
+def test_a_row_may_serve_the_whole_batch():
+    inputs, keep = layer(), (torch.arange(6, device=DEVICE) != 2)[None, None, None, :]
+    torch.testing.assert_close(integration.attend(CAUSAL, *inputs, keep)[0], formula(CAUSAL, *inputs, keep)[0])
+
+
 def test_a_bias_is_cropped_with_the_keys():
     """Of a static cache: T5's bias is as long as the cache."""
     inputs, bias = layer(4, 9), torch.randn(1, 4, 4, 9, dtype=torch.float64, device=DEVICE)
@@ -663,7 +694,7 @@ WRONG_CALLS = {
     "sparse indices": ({"indices": torch.zeros(1)}, NotImplementedError, ["indices"]),
     "sinks for each token": ({"sinks": torch.zeros(2, 4, 6, 1)}, NotImplementedError, ["sinks"]),
     "paged": ({"block_table": torch.zeros(1)}, NotImplementedError, ["block_table"]),
-    "a mask of 2 dimensions": ({"attention_mask": torch.ones(2, 6, dtype=torch.bool)}, TypeError, ["4 dimensions", "(2, 6)"]),
+    "a mask of 2 dimensions": ({"attention_mask": torch.ones(2, 6, dtype=torch.bool)}, TypeError, ["4 dimensions", "[2, 6]"]),
     "a mask that is none": ({"attention_mask": "causal"}, TypeError, ["attention_mask", "str"]),
     "a mask of whole numbers": ({"attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.long)}, TypeError, ["bool", "int64"]),
     "a mask for fewer keys": ({"attention_mask": torch.ones(2, 1, 6, 5)}, ValueError, ["attn_mask", "(2, 1, 6, 5)"]),
