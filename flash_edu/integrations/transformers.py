@@ -211,7 +211,9 @@ def attend(
     if cu_seq_lens_q is not None:
         cu = [x.to(torch.int32) for x in (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)]
         if isinstance(mask, Band):
-            require(position_bias is None, NotImplementedError, lambda: "position_bias is not served with cu_seq_lens_q")
+            require(
+                position_bias is None, NotImplementedError, lambda: "position_bias is not served with cu_seq_lens_q"
+            )
             longest = (max_length_q or query.shape[2], max_length_k or key.shape[2])
             return _attend_packed(query, key, value, mask, cu, longest, options), None
         mask = _hide(mask, ~_same_sequence(cu, query.shape[2], key.shape[2]))
@@ -226,22 +228,30 @@ def attend(
 
 def _check_others(others: dict) -> None:
     unserved = [name for name in UNSERVED if others.get(name) is not None]
-    require(not unserved, NotImplementedError, lambda: f"{unserved[0]}, which this model passes, is not served by flash_edu")
+    require(
+        not unserved, NotImplementedError, lambda: f"{unserved[0]}, which this model passes, is not served by flash_edu"
+    )
     if others.get("output_attentions"):
-        warnings.warn("flash_edu makes no attention weights: output_attentions=True gives none (try 'eager')", stacklevel=3)
+        warnings.warn(
+            "flash_edu makes no attention weights: output_attentions=True gives none (try 'eager')", stacklevel=3
+        )
 
 
 def _default_band(nq: int, nk: int, causal: bool, sliding_window: int | None) -> Band:
     """What no mask means: a causal layer's queries start at the first key, which is how SDPA aligns them, and what lies
     behind is a static cache's empty room; but a single query sees all keys, for it is the last."""
     require(
-        nk >= nq or not causal, ValueError, lambda: f"causal attention of {nq} queries over {nk} keys needs an attention_mask"
+        nk >= nq or not causal,
+        ValueError,
+        lambda: f"causal attention of {nq} queries over {nk} keys needs an attention_mask",
     )
     keys = nq if causal and nq > 1 else nk
     if sliding_window is None or keys <= sliding_window:
         return Band(nk, keys, right=0 if causal else None)
     require(
-        causal, NotImplementedError, lambda: f"sliding_window={sliding_window} needs an attention_mask in a layer that is not causal"
+        causal,
+        NotImplementedError,
+        lambda: f"sliding_window={sliding_window} needs an attention_mask in a layer that is not causal",
     )
     return Band(nk, keys, left=sliding_window - 1, right=0)
 
@@ -263,7 +273,9 @@ def _of_matrix(mask: object, bias: Tensor | None, batch: int) -> dict[str, Tenso
     require(
         isinstance(mask, Tensor) and mask.ndim == 4,
         TypeError,
-        lambda: f"attention_mask must be a tensor of 4 dimensions, got {type(mask).__name__} {getattr(mask, 'shape', '')}",
+        lambda: (
+            f"attention_mask must be a tensor of 4 dimensions, got {type(mask).__name__} {getattr(mask, 'shape', '')}"
+        ),
     )
     if mask.dtype == torch.bool and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0):
         return {"key_padding_mask": mask[:, 0, 0].expand(batch, -1), "attn_mask": bias}
@@ -278,7 +290,9 @@ def _attend_packed(
     """Attention within each of the sequences of a batch of one."""
     whole = query.shape[0] == 1 and band.padding is None and band.keys == key.shape[2]
     require(
-        whole, ValueError, lambda: f"cu_seq_lens_q needs a batch of one, without padding or cache, got a batch of {query.shape[0]}"
+        whole,
+        ValueError,
+        lambda: f"cu_seq_lens_q needs a batch of one, without padding or cache, got a batch of {query.shape[0]}",
     )
     rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
     window = (band.left, band.right)
