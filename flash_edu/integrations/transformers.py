@@ -47,6 +47,9 @@ def register(name: str = "edu_attention", *, backend: str = "auto") -> str:
     makes a matrix, or by cu_seq_lens_q and cu_seq_lens_k with an attention_mask of ones, which makes none. Attention weights
     are not: output_attentions=True warns, and gives none.
 
+    What is asked and cannot be served raises NotImplementedError. But a few models, all of them without support for 'sdpa'
+    (BigBirdPegasus, say), also compute with the mask themselves, and only in the form that eager attention has: keep to it.
+
     Raises:
         ValueError: transformers gives the name a meaning, another attention has it, or there is no such backend.
         ImportError: transformers is older than 5.4.
