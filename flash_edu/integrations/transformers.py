@@ -84,6 +84,10 @@ class Band(NamedTuple):
         """transformers asks: it takes a mask of 2 dimensions for one of padding, not yet read."""
         return 4
 
+    def contiguous(self) -> "Band":
+        """Some versions (5.20) have generate() ask for it."""
+        return self
+
 
 # --- a mask, once per forward -----------------------------------------------------------------------------
 
