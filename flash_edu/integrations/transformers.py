@@ -6,9 +6,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B", attn_implementation="edu_attention")
 
-transformers asks twice: once per forward for a mask (`make_mask`), which the model passes on unread, and in each layer for
-attention under that mask (`attend`). A matrix (B, 1, Nq, Nk) is made only where the rules of `flash_attention` cannot say the
-same: for masks of a model's own making, and for a static cache in a compiled graph.
+transformers asks twice: once per forward for a mask (`make_mask`), which the model passes on unread, and in each layer
+for attention under that mask (`attend`). A matrix (B, 1, Nq, Nk) is made only where the rules of `flash_attention`
+cannot say the same: for masks of a model's own making, and for a static cache in a compiled graph.
 """
 import functools
 import importlib.metadata
@@ -35,20 +35,23 @@ def register(name: str = "edu_attention", *, backend: str = "auto") -> str:
     """Make `name` an attn_implementation of every model that lets its attention be chosen.
 
     Args:
-        name: what to call it. It cannot be "flash_edu": a name with "flash" in it is taken for one of FlashAttention's own, whose
-            kernels transformers then looks for, or replaces by those that a model (GPT-OSS, say) was tested with.
+        name: what to call it. It cannot be "flash_edu": transformers takes a name with "flash" in it for one of
+            FlashAttention's own, whose kernels it looks for, or replaces by those that a model lists (GPT-OSS does).
         backend: as in `flash_attention`. Calling again changes it.
 
     Returns:
         name, for `model.set_attn_implementation(register())`.
 
-    Served: causal and windowed masks, padding, dynamic and static caches, grouped heads, softcap, sinks, position biases, dropout,
-    and masks of a model's or a user's own, bool or float. Packed sequences are told apart by position_ids, which makes a matrix,
-    or by cu_seq_lens_q and cu_seq_lens_k with an attention_mask of ones, which makes none. Weights are not returned:
-    output_attentions=True warns, and gives None for each layer.
+    Served: causal and windowed masks, padding, dynamic and static caches, grouped heads, softcap, sinks, position biases,
+    dropout, and masks of a model's or a user's own, bool or float. Packed sequences are told apart by position_ids, which
+    makes a matrix, or by cu_seq_lens_q and cu_seq_lens_k with an attention_mask of ones, which makes none. Attention weights
+    are not: output_attentions=True warns, and gives none.
+
+    What is asked and cannot be served raises NotImplementedError. But a few models, all of them without support for 'sdpa'
+    (BigBirdPegasus, say), also compute with the mask themselves, and only in the form that eager attention has: keep to it.
 
     Raises:
-        ValueError: transformers gives the name a meaning, or another attention has it; or backend is none.
+        ValueError: transformers gives the name a meaning, another attention has it, or there is no such backend.
         ImportError: transformers is older than 5.4.
     """
     version = importlib.metadata.version("transformers")
@@ -56,19 +59,19 @@ def register(name: str = "edu_attention", *, backend: str = "auto") -> str:
     require(found >= OLDEST, ImportError, lambda: f"transformers must be 5.4 or newer, got {version}")
     require(backend in BACKENDS, ValueError, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     taken = [part for part in TAKEN if part in name]
-    require(not taken, ValueError, lambda: f"name: transformers gives {taken[0]!r} in a name its own meaning, got {name!r}")
+    require(not taken, ValueError, lambda: f"name: transformers gives {taken[0]!r} its own meaning, got {name!r}")
     known = AttentionInterface().get(name)
-    ours = known is None or getattr(known, "func", None) is attend
-    require(ours, ValueError, lambda: f"name must be free, got {name!r}, which is another attention's")
+    free = known is None or getattr(known, "func", None) is attend
+    require(free, ValueError, lambda: f"name must be free, got {name!r}, which is another attention's")
     AttentionInterface.register(name, functools.partial(attend, backend=backend))
-    AttentionMaskInterface.register(name, make_mask)  # without one of the same name, models get no mask at all, in silence
+    AttentionMaskInterface.register(name, make_mask)  # without it, models would get no mask at all, in silence
     return name
 
 
 class Band(NamedTuple):
-    """A mask without a matrix, for `length` keys. The last query stands at the last of the first `keys` of them; behind it lies what
-    a static cache has not filled. Each query sees the keys from `left` before its own place to `right` after it (None: no limit),
-    and of these the real ones."""
+    """A mask without a matrix, for `length` keys. The last query stands at the last of the first `keys` of them; what lies
+    behind is a static cache's empty room. Each query sees the keys from `left` before its own place to `right` after it
+    (None: no limit), and of these the real ones."""
 
     length: int
     keys: int
@@ -80,6 +83,10 @@ class Band(NamedTuple):
     def ndim(self) -> int:
         """transformers asks: it takes a mask of 2 dimensions for one of padding, not yet read."""
         return 4
+
+    def contiguous(self) -> "Band":
+        """Some versions (5.20) have generate() ask for it."""
+        return self
 
 
 # --- a mask, once per forward -----------------------------------------------------------------------------
@@ -100,24 +107,27 @@ def make_mask(
     config: object = None,
     **others,
 ) -> Tensor | Band | None:
-    """A mask for queries at the places q_offset + i and keys at kv_offset + j. attention_mask: (B, places), True = a real token.
+    """A mask for queries at the places q_offset + i and keys at kv_offset + j.
 
-    Returns a Band, or bool (B, 1, Nq, Nk), True = attend, or None if every query sees every key. A causal mask is never None:
-    not every layer says of itself that it is causal.
+    attention_mask: (B, places), True = a real token. The arguments are those of transformers' own mask functions.
+
+    Returns a Band, or bool (B, 1, Nq, Nk), True = attend, or None if every query sees every key. A causal mask is never
+    None: not every layer says of itself that it is causal.
     """
     if isinstance(attention_mask, Band):  # generate() has asked before the model does
         return attention_mask
-    sides = _sides(kv_offset + kv_length, mask_function, local_size, allow_is_causal_skip, allow_is_bidirectional_skip, config)
+    places, may_skip = kv_offset + kv_length, (allow_is_causal_skip, allow_is_bidirectional_skip)
+    sides = _sides(places, mask_function, local_size, *may_skip, config)
     keys = kv_length if sides == (None, None) else _keys_in_use(q_length, kv_length, q_offset, kv_offset)
-    if sides is None or keys is None or (keys < kv_length and sides[1] != 0):  # the last: keys behind the last query are seen
+    if sides is None or keys is None or (keys < kv_length and sides[1] != 0):  # some see keys behind the last query
         return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False, config=config, **others,
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, config=config, **others,
         )  # fmt: skip
     left, right = (side if side is not None and side < keys - 1 else None for side in sides)
     padding = _padding(attention_mask, keys, kv_offset)
     if sides == (None, None):
-        return None if padding is None else padding[:, None, None, :].expand(batch_size, 1, q_length, keys)
+        return None if padding is None else padding[:, None, None, :].expand(-1, 1, q_length, keys)
     return Band(kv_length, keys, left, right, padding)
 
 
@@ -126,8 +136,8 @@ def _sides(
 ) -> tuple[int | None, int | None] | None:
     """How many keys a query sees before and after its own; None: mask_function says more than that.
 
-    causal, bidirectional: may a mask of that kind be left out? A model that adds to its mask allows neither. A local_size may be
-    that of a window or that of chunks, and hides nothing if all places are within it.
+    causal, bidirectional: may a mask of that kind be left out? A model that adds to its mask allows neither. A local_size
+    is that of a window or that of chunks, and hides nothing if all places are within it.
     """
     if bidirectional and mask_function is bidirectional_mask_function:
         return None, None
@@ -193,11 +203,11 @@ def attend(
 
     Args:
         query: (B, Hq, Nq, D). key, value: (B, Hkv, Nk, D), (B, Hkv, Nk, Dv).
-        attention_mask: from make_mask, or a matrix that broadcasts to (B, Hq, Nq, Nk): bool, or added to the scores. Unless it is
-            None it says everything, and is_causal and sliding_window only repeat it.
+        attention_mask: from make_mask, or a matrix that broadcasts to (B, Hq, Nq, Nk): bool, or added to the scores. Unless
+            it is None it says everything, and is_causal and sliding_window only repeat it.
         s_aux: (Hq,), the sinks. position_bias: like a matrix, added to the scores. Both may get gradients.
-        cu_seq_lens_q, cu_seq_lens_k: where each of the sequences begins that are packed into a batch of one, and where the last
-            one ends. max_length_q, max_length_k: the longest.
+        cu_seq_lens_q, cu_seq_lens_k: where each of the sequences begins that are packed into a batch of one, and where the
+            last one ends. max_length_q, max_length_k: the longest.
     """
     _check_others(others)
     mask = attention_mask
@@ -208,7 +218,9 @@ def attend(
     if cu_seq_lens_q is not None:
         cu = [x.to(torch.int32) for x in (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)]
         if isinstance(mask, Band):
-            require(position_bias is None, NotImplementedError, lambda: "flash_edu does not serve position_bias with cu_seq_lens_q")
+            require(
+                position_bias is None, NotImplementedError, lambda: "position_bias is not served with cu_seq_lens_q"
+            )
             longest = (max_length_q or query.shape[2], max_length_k or key.shape[2])
             return _attend_packed(query, key, value, mask, cu, longest, options), None
         mask = _hide(mask, ~_same_sequence(cu, query.shape[2], key.shape[2]))
@@ -223,19 +235,31 @@ def attend(
 
 def _check_others(others: dict) -> None:
     unserved = [name for name in UNSERVED if others.get(name) is not None]
-    require(not unserved, NotImplementedError, lambda: f"flash_edu does not serve {unserved[0]}, which this model passes")
+    require(
+        not unserved, NotImplementedError, lambda: f"{unserved[0]}, which this model passes, is not served by flash_edu"
+    )
     if others.get("output_attentions"):
-        warnings.warn("flash_edu makes no attention weights: output_attentions=True gives None (try 'eager')", stacklevel=3)
+        warnings.warn(
+            "flash_edu makes no attention weights: output_attentions=True gives none (try 'eager')", stacklevel=3
+        )
 
 
 def _default_band(nq: int, nk: int, causal: bool, sliding_window: int | None) -> Band:
-    """What no mask means: a causal layer of more than one query starts at the first key, which is how SDPA aligns it, and what
-    lies behind the last query is a static cache's empty room. One query sees all, for it is the last."""
-    require(nk >= nq or not causal, ValueError, lambda: f"causal attention of {nq} queries over {nk} keys needs an attention_mask")
+    """What no mask means: a causal layer's queries start at the first key, which is how SDPA aligns them, and what lies
+    behind is a static cache's empty room; but a single query sees all keys, for it is the last."""
+    require(
+        nk >= nq or not causal,
+        ValueError,
+        lambda: f"causal attention of {nq} queries over {nk} keys needs an attention_mask",
+    )
     keys = nq if causal and nq > 1 else nk
     if sliding_window is None or keys <= sliding_window:
         return Band(nk, keys, right=0 if causal else None)
-    require(causal, NotImplementedError, lambda: f"sliding_window={sliding_window} of a layer that is not causal needs an attention_mask")
+    require(
+        causal,
+        NotImplementedError,
+        lambda: f"sliding_window={sliding_window} needs an attention_mask in a layer that is not causal",
+    )
     return Band(nk, keys, left=sliding_window - 1, right=0)
 
 
@@ -244,19 +268,21 @@ def _of_band(band: Band, bias: Tensor | None, nk: int) -> dict:
     require(
         band.length == nk,
         NotImplementedError,
-        lambda: f"flash_edu does not serve a model that has {nk} keys under a mask that it made for {band.length}",
+        lambda: f"a model that has {nk} keys under a mask that it made for {band.length} is not served by flash_edu",
     )
     bias = bias if bias is None else bias[..., : band.keys]
     return {"window": (band.left, band.right), "key_padding_mask": band.padding, "attn_mask": bias}
 
 
 def _of_matrix(mask: object, bias: Tensor | None, batch: int) -> dict[str, Tensor | None]:
-    """The arguments of flash_attention that say the same as a matrix, and add a bias. A boolean matrix whose rows are one row, for
-    all heads, is one of padding, and padding is skipped."""
+    """The arguments of flash_attention that say the same as a matrix, and add a bias. A boolean matrix whose rows are one
+    row, the same for all heads, is one of padding, and padding is skipped."""
     require(
         isinstance(mask, Tensor) and mask.ndim == 4,
         TypeError,
-        lambda: f"attention_mask must be a tensor of 4 dimensions, got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
+        lambda: (
+            f"attention_mask must be a tensor of 4 dimensions, got {type(mask).__name__} {getattr(mask, 'shape', '')}"
+        ),
     )
     if mask.dtype == torch.bool and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0):
         return {"key_padding_mask": mask[:, 0, 0].expand(batch, -1), "attn_mask": bias}
@@ -270,7 +296,11 @@ def _attend_packed(
 ) -> Tensor:
     """Attention within each of the sequences of a batch of one."""
     whole = query.shape[0] == 1 and band.padding is None and band.keys == key.shape[2]
-    require(whole, ValueError, lambda: f"cu_seq_lens_q needs a batch of one without padding and cache, got a batch of {query.shape[0]}")
+    require(
+        whole,
+        ValueError,
+        lambda: f"cu_seq_lens_q needs a batch of one, without padding or cache, got a batch of {query.shape[0]}",
+    )
     rows = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
     window = (band.left, band.right)
     return flash_attention_varlen(*rows, *cu, *map(int, longest), window=window, **options)[None].contiguous()

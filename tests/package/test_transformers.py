@@ -16,7 +16,9 @@ from this_machine import DEVICE, ON_GPU
 
 from flash_edu.testing import assert_close
 
-hf = pytest.importorskip("transformers", minversion="5.17", reason="the models here are those of transformers 5.17 and newer")
+hf = pytest.importorskip(
+    "transformers", minversion="5.17", reason="the models here are those of transformers 5.17 and newer"
+)
 integration = importlib.import_module("flash_edu.integrations.transformers")
 masking = importlib.import_module("transformers.masking_utils")
 
@@ -29,7 +31,13 @@ hf.logging.set_verbosity_error()
 
 
 def sizes(**changes):
-    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    common = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+    }
     return common | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | changes
 
 
@@ -47,7 +55,9 @@ CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**grouped()),
     "qwen3": lambda: hf.Qwen3Config(**grouped()),
     "mistral": lambda: hf.MistralConfig(**grouped(sliding_window=WINDOW)),
-    "gemma2": lambda: hf.Gemma2Config(**grouped(sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=2.0)),
+    "gemma2": lambda: hf.Gemma2Config(
+        **grouped(sliding_window=WINDOW, query_pre_attn_scalar=16, attn_logit_softcapping=2.0)
+    ),
     "gemma3": lambda: hf.Gemma3TextConfig(
         **grouped(sliding_window=WINDOW, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"])
     ),
@@ -57,19 +67,22 @@ CONFIGS = {
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     ),
     "llama4": lambda: hf.Llama4TextConfig(
-        **grouped(attention_chunk_size=8, intermediate_size_mlp=64, num_local_experts=2, layer_types=["chunked_attention", "full_attention"])
+        **grouped(attention_chunk_size=8, intermediate_size_mlp=64, num_local_experts=2),
+        layer_types=["chunked_attention", "full_attention"],
     ),
     "bert": lambda: hf.BertConfig(**sizes(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
     "modernbert": lambda: hf.ModernBertConfig(
         **sizes(local_attention=8, cls_token_id=1, sep_token_id=2, layer_types=["sliding_attention", "full_attention"])
     ),
     "vit": lambda: hf.ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4, image_size=16, patch_size=4, num_labels=7,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
+        image_size=16, patch_size=4, num_labels=7,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     ),
     "whisper": lambda: hf.WhisperConfig(**WHISPER, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0),
     "t5": lambda: hf.T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0,
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0,
     ),
 }  # fmt: skip
 CLASSES = {
@@ -80,7 +93,9 @@ OLD = tuple(map(int, hf.__version__.split(".")[:2])) < (5, 24)
 if OLD:
     del CONFIGS["t5"]  # whose attention cannot be chosen there
 DECODERS = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2", "llama4"]
-PADDINGS = {name: ["none", "right", "left"] if name in DECODERS else ["none", "right"] for name in CONFIGS} | {"vit": ["none"]}
+PADDINGS = {name: ["none", "right", "left"] if name in DECODERS else ["none", "right"] for name in CONFIGS} | {
+    "vit": ["none"]
+}
 
 
 def cases(*kinds):
@@ -128,7 +143,9 @@ def batch_for(kind, padding, dtype=torch.float32):
     """A model's arguments, and which of its logits belong to real tokens."""
     drawn = torch.Generator().manual_seed(2)
     if kind == "vit":
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=drawn).to(DEVICE, dtype)}, torch.ones(2, dtype=torch.bool, device=DEVICE)
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=drawn).to(DEVICE, dtype)}, torch.ones(
+            2, dtype=torch.bool, device=DEVICE
+        )
     real = padded(padding=padding)
     mask = {} if padding == "none" else {"attention_mask": real}
     if kind in DECODERS or kind in ("bert", "modernbert"):
@@ -180,7 +197,10 @@ hf.AttentionMaskInterface.register("formula", whole_mask)
 
 @functools.cache
 def right_and_plain(kind, padding):
-    return [logits_and_gradients(tiny(kind, *how), kind, padding) for how in (("formula", torch.float64), ("eager", torch.float32))]
+    return [
+        logits_and_gradients(tiny(kind, *how), kind, padding)
+        for how in (("formula", torch.float64), ("eager", torch.float32))
+    ]
 
 
 def check(kind, padding, attention=OURS):
@@ -277,19 +297,20 @@ def shown(mask, batch, nq, nk):
     return (seen & real[:, None, :]).expand(batch, nq, nk)
 
 
+NOT_CAUSAL = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
 FUNCTIONS = {
     "causal": (masking.causal_mask_function, {}),
-    "bidirectional": (masking.bidirectional_mask_function, {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}),
+    "bidirectional": (masking.bidirectional_mask_function, NOT_CAUSAL),
     "window": (masking.sliding_window_causal_mask_function(WINDOW), {"local_size": WINDOW}),
     "both ways": (
         masking.sliding_window_bidirectional_mask_function(WINDOW),
-        {"local_size": WINDOW, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True},
+        NOT_CAUSAL | {"local_size": WINDOW},
     ),
     "its own": (
         masking.or_masks(masking.causal_mask_function, lambda b, h, i, j: (i < 4) & (j < 4)), {"allow_is_causal_skip": False}
     ),
     "wide, but said to have a size": (
-        masking.bidirectional_mask_function, {"local_size": WINDOW, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+        masking.bidirectional_mask_function, NOT_CAUSAL | {"local_size": WINDOW}
     ),
 }  # fmt: skip
 CONFIG = hf.MistralConfig(sliding_window=WINDOW)
@@ -301,9 +322,12 @@ CHUNKED = {  # other than a window of that size
 
 
 WHERE = {  # queries, places before them, the first of these that is cached, and room behind them
-    "whole": (19, 0, 0, 0), "a window": (WINDOW, 0, 0, 0), "just over a window": (WINDOW + 1, 0, 0, 0), "static cache": (12, 0, 0, 9),
+    "whole": (19, 0, 0, 0), "a window": (WINDOW, 0, 0, 0), "just over a window": (WINDOW + 1, 0, 0, 0),
+    "static cache": (12, 0, 0, 9),
     "more": (5, 8, 0, 0), "more, static cache": (5, 8, 0, 4), "more, past a window": (5, 9, 3, 0),
-    "one": (1, 12, 0, 0), "one, static cache": (1, 12, 0, 8), "one, past a window": (1, 12, 6, 0), "first, static cache": (1, 0, 0, 9),
+    "one": (1, 12, 0, 0), "one, static cache": (1, 12, 0, 8), "one, past a window": (1, 12, 6, 0),
+    "first, static cache": (1, 0, 0, 9),
+    "begins before its keys": (5, 0, 2, 0), "ends behind its keys": (5, 8, 0, -2),
 }  # fmt: skip
 
 
@@ -312,23 +336,29 @@ WHERE = {  # queries, places before them, the first of these that is cached, and
 @pytest.mark.parametrize("what", [*FUNCTIONS, *CHUNKED])
 def test_masks_show_what_transformers_own_masks_show(what, nq, past, first, empty, padding):
     real = None if padding == "none" else padded(past + nq, padding).cpu().bool()
-    hidden = torch.zeros(2, dtype=torch.long) if real is None else (real.cumsum(1) == 0).sum(1)  # chunks begin behind the padding
+    hidden = (
+        torch.zeros(2, dtype=torch.long) if real is None else (real.cumsum(1) == 0).sum(1)
+    )  # chunks begin behind the padding
     chunks = (masking.chunked_causal_mask_function(WINDOW, hidden), {"local_size": WINDOW})
     function, options = FUNCTIONS.get(what, chunks)
     nk = past + nq - first + empty
     asked = {"q_offset": past, "kv_offset": first, "mask_function": function, "attention_mask": real} | options
     asked["config"] = CHUNKED.get(what, CONFIG)
     mask = integration.make_mask(2, nq, nk, **asked)
-    whole = masking.sdpa_mask(2, nq, nk, **asked | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    whole = masking.sdpa_mask(
+        2, nq, nk, **asked | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    )
     assert torch.equal(shown(mask, 2, nq, nk), whole[:, 0].expand(2, nq, nk))
     if what == "its own" or (what in CHUNKED and first + nk > WINDOW) or (what == "both ways" and empty):
         assert isinstance(mask, torch.Tensor)
-    elif isinstance(mask, torch.Tensor):
+    elif isinstance(mask, torch.Tensor) and first <= past and empty >= 0:
         assert nq == 1 or mask.stride(2) == 0, "a mask of padding takes no room"
     counted = integration.make_mask(2, nq, nk, **asked | {"q_offset": torch.tensor(past)})  # as static caches count
     assert torch.equal(shown(counted, 2, nq, nk), whole[:, 0].expand(2, nq, nk)) and type(counted) is type(mask)
     if isinstance(mask, integration.Band):
-        assert integration.make_mask(2, nq, nk, **asked | {"attention_mask": mask}) is mask, "generate() asks before the model does"
+        assert mask.left is None or mask.left < nk - 1, "a window that holds all keys costs nothing"
+        again = integration.make_mask(2, nq, nk, **asked | {"attention_mask": mask.contiguous()})
+        assert again is mask and mask.ndim != 2, "generate() asks before the model does, and may have it laid out anew"
 
 
 # --- masks that are not plain -----------------------------------------------------------------------------
@@ -348,7 +378,10 @@ PLACES = torch.cat([torch.arange(7), torch.arange(12)])[None].to(DEVICE)  # of t
 def one_by_one(kind):
     """Two sequences of 7 and 12 tokens; and what each gives alone, (1, 19, vocabulary), rightly and plainly."""
     ids = tokens(batch=1)
-    return ids, *(torch.cat([logits_of(tiny(kind, *how), input_ids=part) for part in (ids[:, :7], ids[:, 7:])], dim=1) for how in HOW[:2])
+    return ids, *(
+        torch.cat([logits_of(tiny(kind, *how), input_ids=part) for part in (ids[:, :7], ids[:, 7:])], dim=1)
+        for how in HOW[:2]
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -404,7 +437,9 @@ def test_a_row_for_all_queries_is_padding(asked):
 
 def test_tokens_that_see_each_other_within_a_causal_mask(asked):
     """As those of an image do: the model adds to the mask."""
-    config = hf.Gemma3TextConfig(**grouped(sliding_window=WINDOW, query_pre_attn_scalar=16, use_bidirectional_attention=True))
+    config = hf.Gemma3TextConfig(
+        **grouped(sliding_window=WINDOW, query_pre_attn_scalar=16, use_bidirectional_attention=True)
+    )
     model = hf.AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
     group = torch.tensor([[-1] * 5 + [0] * 6 + [-1] * 8] * 2, device=DEVICE)
     logits, masks = [], []
@@ -420,18 +455,29 @@ def test_tokens_that_see_each_other_within_a_causal_mask(asked):
 
 # --- caches -----------------------------------------------------------------------------------------------
 
+CACHE = "past_key_values" if OLD else "cache"
+
 
 def written(kind, attention, dtype, more=14, **options):
     """Tokens, of a prompt of 12 and some more, and the logits that each of these was chosen by."""
     inputs = {"input_ids": tokens(12), "attention_mask": padded(12, "left")}
     if kind == "whisper":
         inputs = {"input_features": batch_for(kind, "none", dtype)[0]["input_features"]}
-    told = {"max_new_tokens": more, "min_new_tokens": more, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    told = {
+        "max_new_tokens": more,
+        "min_new_tokens": more,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "disable_compile": True,  # which generate() does by itself on a GPU
+    }
     text = tiny(kind, attention, dtype).generate(**inputs, **told, **options)
     return text.sequences, torch.stack(text.logits)
 
 
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=["dynamic", "static", "beams"])
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=["dynamic", "static", "beams"]
+)
 @pytest.mark.parametrize("kind", [*DECODERS, "whisper"])
 def test_generated_text(kind, cache):
     """Of a prompt with left padding, and on past the windows of 7 and the chunks of 8."""
@@ -453,8 +499,7 @@ def test_text_read_in_pieces(kind, cache, asked):
         keys = {"config": model.config} | ({"max_cache_len": 32} if cache == "static" else {})
         memory = (hf.StaticCache if cache == "static" else hf.DynamicCache)(**keys)
         for end in (12, 17, 25, 26):
-            name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-            found.append(logits_of(model, input_ids=ids[:, start:end], attention_mask=real[:, :end], **{name: memory}))
+            found.append(logits_of(model, input_ids=ids[:, start:end], attention_mask=real[:, :end], **{CACHE: memory}))
             start = end
         return torch.cat(found, dim=1)[real.bool()]
 
@@ -485,7 +530,9 @@ def test_dropout_in_training(kind):
         found.append(logits_and_gradients(model.train(), kind, "none"))
     still = logits_and_gradients(model.eval(), kind, "none")
     assert all(torch.equal(found[0][name], found[1][name]) for name in still), "torch.manual_seed repeats it"
-    assert not torch.equal(found[0]["logits"], found[2]["logits"]) and not torch.equal(found[0]["logits"], still["logits"])
+    assert not torch.equal(found[0]["logits"], found[2]["logits"]) and not torch.equal(
+        found[0]["logits"], still["logits"]
+    )
     assert all(x.isfinite().all() for run in found for x in run.values())
     check_same(still, logits_and_gradients(tiny(kind), kind, "none"))
 
@@ -493,7 +540,8 @@ def test_dropout_in_training(kind):
 def check_same(got, wanted):
     largest = max(x.abs().max().item() for x in wanted.values())
     for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-5 * largest, msg=lambda said: f"{name}: {said}")  # noqa: B023
+        said = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-5 * largest, msg=said)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
@@ -515,7 +563,9 @@ def test_gradient_checkpointing(kind, padding, reentrant):
     check_same(found[1], found[0])
 
 
-@pytest.mark.parametrize(("kind", "padding"), cases(("llama", "left"), ("gemma2", "none"), ("modernbert", "right"), ("t5", "right")))
+@pytest.mark.parametrize(
+    ("kind", "padding"), cases(("llama", "left"), ("gemma2", "none"), ("modernbert", "right"), ("t5", "right"))
+)
 def test_compiles_to_one_graph(kind, padding):
     torch.compiler.reset()
     plain, compiled = tiny(kind), tiny(kind)
@@ -524,17 +574,30 @@ def test_compiles_to_one_graph(kind, padding):
 
 
 def test_generates_when_compiled():
-    """A static cache counts its keys in a tensor, which a graph cannot read."""
+    """On a GPU generate() compiles for a static cache by itself."""
     torch.compiler.reset()
-    texts = []
+    options = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": "static", "disable_compile": not ON_GPU}
+    model = tiny("mistral")
+    if not ON_GPU:
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    compiled = model.generate(tokens(12), attention_mask=padded(12, "left"), **options)
+    plain = tiny("mistral").generate(tokens(12), attention_mask=padded(12, "left"), **options | {"disable_compile": True})
+    assert torch.equal(compiled, plain)
+
+
+def test_more_tokens_of_a_static_cache_when_compiled():
+    """The model makes its mask within the graph, of a count that is a tensor, and does not wait for the GPU to read it."""
+    torch.compiler.reset()
+    found, graphs = [], []
     for compiled in (False, True):
-        model = tiny("mistral")
+        model = tiny("llama")
+        memory = {CACHE: hf.StaticCache(config=model.config, max_cache_len=24)}
+        logits_of(model, input_ids=tokens()[:, :12], **memory)
         if compiled:
-            model.forward = torch.compile(model.forward, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
-        texts.append(
-            model.generate(tokens(12), attention_mask=padded(12, "left"), max_new_tokens=9, do_sample=False, cache_implementation="static")
-        )
-    assert torch.equal(*texts)
+            model.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph)
+        found.append(logits_of(model, input_ids=tokens()[:, 12:], **memory))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not [node for graph in graphs for node in graph.graph.nodes if node.target == "item"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
@@ -548,7 +611,8 @@ def test_autocast(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "padding"), cases(("llama", "left"), ("gemma2", "right"), ("gpt_oss", "none"), ("t5", "right"), ("llama4", "none"))
+    ("kind", "padding"),
+    cases(("llama", "left"), ("gemma2", "right"), ("gpt_oss", "none"), ("t5", "right"), ("llama4", "none")),
 )
 def test_the_kernels(kind, padding):
     name = integration.register("edu_kernels", backend="triton")
@@ -562,6 +626,17 @@ def test_the_kernels_generate():
         assert torch.equal(plain, got)
 
 
+def test_the_kernels_take_packed_sequences():
+    """One is longer than a tile, and nobody says how long."""
+    ends, inputs = torch.tensor([0, 10, 150], device=DEVICE), [x[:1] for x in layer(150, 150, dtype=torch.float32)]
+    got, plain = (
+        integration.attend(CAUSAL, *inputs, None, cu_seq_lens_q=ends, backend=backend)[0]
+        for backend in ("triton", "torch")
+    )
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
+
+
 # --- what a layer may pass --------------------------------------------------------------------------------
 
 CAUSAL = SimpleNamespace(is_causal=True)
@@ -572,7 +647,10 @@ UNSAID = SimpleNamespace()
 def layer(nq=6, nk=6, heads=4, dtype=torch.float64):
     """q, k and v as a layer passes them."""
     drawn = torch.Generator().manual_seed(6)
-    return [torch.randn(2, h, n, 8, generator=drawn, dtype=torch.float64).to(DEVICE, dtype) for h, n in ((heads, nq), (2, nk), (2, nk))]
+    return [
+        torch.randn(2, h, n, 8, generator=drawn, dtype=torch.float64).to(DEVICE, dtype)
+        for h, n in ((heads, nq), (2, nk), (2, nk))
+    ]
 
 
 def lower(nq, nk):
@@ -582,7 +660,14 @@ def lower(nq, nk):
 
 @pytest.mark.parametrize(
     ("module", "said", "causal"),
-    [(CAUSAL, None, True), (OPEN, None, False), (UNSAID, None, True), (CAUSAL, False, False), (OPEN, True, True), (UNSAID, False, False)],
+    [
+        (CAUSAL, None, True),
+        (OPEN, None, False),
+        (UNSAID, None, True),
+        (CAUSAL, False, False),
+        (OPEN, True, True),
+        (UNSAID, False, False),
+    ],
 )
 def test_a_layer_without_mask_is_causal_if_it_says_so(module, said, causal):
     """In the call, or of itself; a layer that says nothing is causal, as for SDPA."""
@@ -608,13 +693,15 @@ def test_a_window_without_a_mask_is_kept():
         torch.testing.assert_close(got, formula(CAUSAL, *inputs, seen.to(DEVICE))[0])
     inputs = layer()
     for wide in (6, 7, None):
-        assert torch.equal(integration.attend(OPEN, *inputs, None, sliding_window=wide)[0], integration.attend(OPEN, *inputs, None)[0])
+        assert torch.equal(
+            integration.attend(OPEN, *inputs, None, sliding_window=wide)[0], integration.attend(OPEN, *inputs, None)[0]
+        )
 
 
 def test_rows_that_see_nothing_give_zero():
     inputs = [x.requires_grad_() for x in layer()]
     real = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    out, _ = integration.attend(CAUSAL, *inputs, integration.make_mask(2, 6, 6, attention_mask=real))
+    out, _ = integration.attend(CAUSAL, *inputs, integration.make_mask(2, 6, 6, attention_mask=real.long()))
     assert (out[1, :2] == 0).all() and (out[1, 2:] != 0).any()
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs) and (inputs[1].grad[1, :, :2] == 0).all()
@@ -622,7 +709,13 @@ def test_rows_that_see_nothing_give_zero():
 
 @pytest.mark.parametrize(
     "options",
-    [{"scaling": 0.3}, {"softcap": 1.5}, {"s_aux": [0.3, -1.0, 2.0, 0.0]}, {"position_bias": (1, 4, 6, 6)}, {"position_bias": (2, 1, 6, 6)}],
+    [
+        {"scaling": 0.3},
+        {"softcap": 1.5},
+        {"s_aux": [0.3, -1.0, 2.0, 0.0]},
+        {"position_bias": (1, 4, 6, 6)},
+        {"position_bias": (2, 1, 6, 6)},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("mask", ["none", "band", "matrix", "added"])
@@ -651,6 +744,11 @@ def test_a_matrix_for_each_head_keeps_its_heads():
     torch.testing.assert_close(integration.attend(CAUSAL, *inputs, keep)[0], formula(CAUSAL, *inputs, keep)[0])
 
 
+def test_a_row_may_serve_the_whole_batch():
+    inputs, keep = layer(), (torch.arange(6, device=DEVICE) != 2)[None, None, None, :]
+    torch.testing.assert_close(integration.attend(CAUSAL, *inputs, keep)[0], formula(CAUSAL, *inputs, keep)[0])
+
+
 def test_a_bias_is_cropped_with_the_keys():
     """Of a static cache: T5's bias is as long as the cache."""
     inputs, bias = layer(4, 9), torch.randn(1, 4, 4, 9, dtype=torch.float64, device=DEVICE)
@@ -663,15 +761,19 @@ WRONG_CALLS = {
     "sparse indices": ({"indices": torch.zeros(1)}, NotImplementedError, ["indices"]),
     "sinks for each token": ({"sinks": torch.zeros(2, 4, 6, 1)}, NotImplementedError, ["sinks"]),
     "paged": ({"block_table": torch.zeros(1)}, NotImplementedError, ["block_table"]),
-    "a mask of 2 dimensions": ({"attention_mask": torch.ones(2, 6, dtype=torch.bool)}, TypeError, ["4 dimensions", "(2, 6)"]),
+    "a mask of 2 dimensions": ({"attention_mask": torch.ones(2, 6) > 0}, TypeError, ["4 dimensions", "[2, 6]"]),
     "a mask that is none": ({"attention_mask": "causal"}, TypeError, ["attention_mask", "str"]),
     "a mask of whole numbers": ({"attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.long)}, TypeError, ["bool", "int64"]),
     "a mask for fewer keys": ({"attention_mask": torch.ones(2, 1, 6, 5)}, ValueError, ["attn_mask", "(2, 1, 6, 5)"]),
     "keys added after the mask": ({"attention_mask": integration.Band(5, 5, right=0)}, NotImplementedError, ["6 keys", "5"]),
-    "a window of no direction": ({"sliding_window": 3, "is_causal": False}, NotImplementedError, ["sliding_window=3", "attention_mask"]),
+    "a window of no direction": (
+        {"sliding_window": 3, "is_causal": False}, NotImplementedError, ["sliding_window=3", "attention_mask"]
+    ),
     "packed, and a batch of 2": ({"cu_seq_lens_q": torch.tensor([0, 6])}, ValueError, ["cu_seq_lens_q", "2"]),
     "packed, with a bias": (
-        {"cu_seq_lens_q": torch.tensor([0, 6]), "position_bias": torch.zeros(1, 1, 6, 6)}, NotImplementedError, ["position_bias"]
+        {"cu_seq_lens_q": torch.tensor([0, 6]), "position_bias": torch.zeros(1, 1, 6, 6)},
+        NotImplementedError,
+        ["position_bias", "cu_seq_lens_q"],
     ),
     "a scale that is learned": ({"scaling": torch.ones(1)}, TypeError, ["scale"]),
     "sinks of another number": ({"s_aux": torch.zeros(3)}, ValueError, ["sinks", "(3,)"]),
@@ -733,7 +835,9 @@ def test_registering_again_changes_the_backend(monkeypatch, asked):
     assert [call.backend for call in asked] == ["torch"] * LAYERS + ["auto"] * LAYERS
 
 
-@pytest.mark.parametrize("name", ["flash_edu", "my_sdpa", "flex_attention", "eager", "paged|edu", "edu/attention", "edu:attention"])
+@pytest.mark.parametrize(
+    "name", ["flash_edu", "my_sdpa", "flex_attention", "eager", "paged|edu", "edu/attention", "edu:attention"]
+)
 def test_names_that_transformers_would_misread(name):
     with pytest.raises(ValueError, match=f"its own meaning, got '{re.escape(name)}'"):
         integration.register(name)
@@ -796,5 +900,6 @@ def test_the_example_runs(where, tmp_path):
 
 
 def test_the_package_itself_does_not_import_transformers():
-    code = "import sys, flash_edu.integrations; from flash_edu import flash_attention; assert 'transformers' not in sys.modules"
+    code = "import sys, flash_edu.integrations; from flash_edu import flash_attention; "
+    code += "assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
