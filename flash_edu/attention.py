@@ -179,9 +179,10 @@ def flash_attention_varlen_with_lse(
     arguments.check_length("max_seqlen_q", max_seqlen_q)
     arguments.check_length("max_seqlen_k", max_seqlen_k)
     arguments.check_slopes(alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1], q)
-    rules = _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k
-    )
+    rules = _rules(
+        q, causal, scale, window, softcap, sinks, dropout_p,
+        slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k,
+    )  # fmt: skip
     out, lse = _attend(q, k, v, rules, backend)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
@@ -195,14 +196,14 @@ def dense_rules(
     arguments.check_padding(key_padding_mask, q, k)
     arguments.check_slopes(alibi_slopes, q.shape[0], q.shape[1], q)
     arguments.check_pattern(pattern, q)
-    return _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        mask=four_dims(attn_mask), padding=key_padding_mask, slopes=two_dims(alibi_slopes),
-        pattern=pattern and pattern.name, buffers=list(pattern.buffers) if pattern else [],
+    return _rules(
+        q, causal, scale, window, softcap, sinks, dropout_p, mask=four_dims(attn_mask), padding=key_padding_mask,
+        slopes=two_dims(alibi_slopes), pattern=pattern and pattern.name, buffers=list(pattern.buffers) if pattern else [],
     )  # fmt: skip
 
 
-def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
-    """The rules that every kind of call has."""
+def _rules(q, causal, scale, window, softcap, sinks, dropout_p, **others) -> Rules:
+    """The rules that every kind of call has, and its others."""
     arguments.check_flag("causal", causal)
     arguments.check_window(window)
     arguments.check_softcap(softcap)
@@ -212,7 +213,7 @@ def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
     return Rules(
         scale=q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale),
         left=left, right=right, softcap=None if softcap is None else float(softcap), sinks=sinks,
-        dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None,
+        dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None, **others,
     )  # fmt: skip
 
 
