@@ -283,7 +283,8 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 def key_at(position, tiles, hole_start, hole, rules, BLOCK_N: tl.constexpr):
     """The first key of the tile at a position of a walk."""
     if rules.plan is not None:
-        start_n = tl.load(tiles + position // PLAN_BLOCK) * PLAN_BLOCK + position % PLAN_BLOCK
+        number = position // PLAN_BLOCK
+        start_n = tl.load(tiles + number) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     elif rules.left is not None:
         start_n = tl.where(position >= hole_start, position + hole, position)
     else:
@@ -327,7 +328,7 @@ def query_at(position, tiles, num_full, rules):
         number = position // PLAN_BLOCK
         most = (rules.plan_strides[2] - 2) // 2
         place = tl.where(number < num_full, number, number - num_full + most)
-        start_m = tl.load(tiles + place) * PLAN_BLOCK + position % PLAN_BLOCK
+        start_m = tl.load(tiles + place) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     else:
         start_m = position
     return start_m
