@@ -69,10 +69,15 @@ def flash_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and value.
-        NotImplementedError: no backend, or not the named one, can serve the request; also for a gradient of a gradient.
+        NotImplementedError: no backend, or not the named one, can serve the request; also for a gradient of a gradient, and
+            for forward-mode derivatives.
 
-    Under autocast, q, k and v are cast to the autocast dtype, as SDPA does. fp32 inputs are multiplied to fp32 accuracy
-    (on a GPU as three TF32 products each), unless PyTorch's own fp32 products are allowed to be TF32.
+    Works under torch.compile(fullgraph=True), torch.export, autocast, activation checkpointing, CUDA graphs, DDP, and the
+    transforms grad, vjp, jacrev and vmap of torch.func. (vmap makes one larger batch; not of a pattern, and of dropout only
+    with randomness="different".)
+
+    Under autocast, q, k and v are cast to the autocast dtype, as SDPA does; masks, slopes and sinks keep theirs. fp32 inputs are
+    multiplied to fp32 accuracy (on a GPU as three TF32 products each), unless PyTorch's own fp32 products are allowed to be TF32.
     """
     return flash_attention_with_lse(
         q, k, v, causal=causal, scale=scale, window=window, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
