@@ -204,12 +204,13 @@ def check_pattern(pattern: object, q: Tensor) -> None:
     )
     for x in pattern.buffers:
         require(
-            not (x.requires_grad and torch.is_grad_enabled()),
-            NotImplementedError,
-            lambda: "pattern: its buffers get no gradient, got one that requires it: detach it, or pass what it adds as attn_mask",
+            x.device == q.device, ValueError, lambda: f"pattern: its buffers must be on the device of q, got {x.device} and {q.device}"
         )
         require(
-            x.device == q.device, ValueError, lambda: f"pattern: its buffers must be on the device of q, got {x.device} and {q.device}"
+            not (x.requires_grad and torch.is_grad_enabled()),
+            NotImplementedError,
+            lambda: "pattern: its buffers get no gradient, got one that requires it: detach it, or pass what is added to the "
+            "scores as attn_mask",
         )
 
 
