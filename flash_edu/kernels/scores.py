@@ -306,6 +306,7 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
         full_lo = tl.maximum(0, start_m + BLOCK_M - 1 + Nk - Nq - rules.left)
         first = tl.maximum(first, start_m + Nk - Nq - rules.left)
     if rules.real is not None or rules.left is not None:
+        end = tl.where(first < end, end, 0)
         first = first // BLOCK_N * BLOCK_N
     if hides_keys(rules):
         full_lo = first
@@ -349,13 +350,17 @@ def queries_seeing(start_n, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N
     """start .. end, and start is a multiple of BLOCK_M."""
     start = 0
     end = Nq
-    if rules.right is not None:
-        start = tl.maximum(0, start_n - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
-    if rules.left is not None:
-        end = tl.minimum(Nq, tl.maximum(0, start_n + BLOCK_N - (Nk - Nq) + rules.left))
+    first_key = start_n
+    end_key = start_n + BLOCK_N
     if rules.real is not None:
-        past = (start_n >= tl.load(rules.real + 2 * batch + 1)) | (start_n + BLOCK_N <= tl.load(rules.real + 2 * batch))
-        end = tl.where(past, 0, end)
+        first_key = tl.maximum(first_key, tl.load(rules.real + 2 * batch))
+        end_key = tl.minimum(end_key, tl.load(rules.real + 2 * batch + 1))
+    if rules.right is not None:
+        start = tl.maximum(0, first_key - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
+    if rules.left is not None:
+        end = tl.minimum(Nq, tl.maximum(0, end_key - (Nk - Nq) + rules.left))
+    if rules.real is not None:
+        end = tl.where(first_key < end_key, end, 0)
     return start, end
 
 

@@ -6,8 +6,8 @@ import torch
 from some_rules import NEG_INF, bool_mask, check, float_mask, padding
 from this_machine import DEVICE, ON_GPU
 
-from flash_edu import flash_attention_with_lse
-from flash_edu.testing import assert_close, differentiate, eager, make_case, truth
+from flash_edu import flash_attention, flash_attention_with_lse
+from flash_edu.testing import assert_close, by_formula, differentiate, eager, make_case, truth
 
 B, H = 2, 2
 LENGTHS = {"Nq < Nk": (113, 203), "Nq > Nk": (203, 113)} if ON_GPU else {"Nq < Nk": (18, 35), "Nq > Nk": (33, 19)}
@@ -96,6 +96,38 @@ def test_a_mask_of_large_numbers(least, generator, backend):
         hidden = ~seeing[..., 0] if name == "lse" else ~seeing
         skip = hidden if name in ("out", "lse") else torch.zeros_like(hidden)[..., :1, :]
         assert_close(name, *(x[name].masked_fill(skip, 0.0) for x in (got, right, plain)))
+
+
+@pytest.mark.parametrize("axis", range(4), ids=["batch", "head", "query", "key"])
+@pytest.mark.parametrize("make", [bool_mask, float_mask])
+def test_masks_past_2_to_the_31(make, axis, generator, backend):
+    """A view whose last elements lie more than 2^31 from its first. Untouched pages of the buffer cost nothing."""
+    shape = (B, H, 18, 20)
+    far = 2**31 // (shape[axis] - 1) + 64
+    strides = [(H * 360, 360, 20, 1)[a] if a != axis else far for a in range(4)]
+    options = {"dtype": torch.float16} if make is float_mask else {"dtype": torch.bool}
+    large = torch.empty(far * (shape[axis] - 1) + 2 * H * 360, device=DEVICE, **options)
+    mask = large.as_strided(shape, strides).copy_(make(shape, generator))
+    check_form(backend, shape[2:], attn_mask=mask)
+
+
+@pytest.mark.gpu
+def test_a_mask_of_more_than_2_to_the_31_elements():
+    """... in the forward, and in the gradient that is written for it."""
+    n, last = 46400, 40
+    q, k, v = torch.randn(3, 1, 1, n, 16, device=DEVICE, dtype=torch.float16)
+    mask = torch.randn(n, n, device=DEVICE, dtype=torch.float16).requires_grad_()
+    assert mask.numel() > 2**31
+    out = flash_attention(q, k, v, attn_mask=mask, backend="triton")
+    dout = torch.zeros_like(out)
+    dout[:, :, -last:] = 1.0
+    (got,) = torch.autograd.grad(out, mask, dout)
+    part = mask.detach()[-last:].double().requires_grad_()
+    right = by_formula(q[:, :, -last:].double(), k.double(), v.double(), attn_mask=part)[0]
+    (want,) = torch.autograd.grad(right.sum(), part)
+    assert (out[:, :, -last:] - right).abs().max() < 1e-2 * right.abs().max()
+    assert (got[-last:] - want).abs().max() < 1e-2 * want.abs().max()
+    assert not got[:-last].any()
 
 
 # --- windows
