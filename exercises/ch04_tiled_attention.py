@@ -40,12 +40,15 @@ def tiled_attention(
     For a tile of block_q queries, m = -inf, l = 0, acc = 0; then for each tile of block_k keys and values
         S = scale * Q K^T                                         (block_q, block_k)
         m_new = max(m, rowmax S),  p = exp(S - m_new),  repair = exp(m - m_new)
-        l = repair * l + rowsum p,   acc = repair * acc + p V
+        l = repair * l + rowsum p,   acc = repair * acc + p V,   m = m_new
     and at the end O = acc / l, L = m + log l.                      (Dao 2023, algorithm 1)
 
-    4.1  tiled_attention: full attention, when the blocks divide Nq and Nk. Three places.
+    4.1  tiled_attention: full attention, when the blocks divide Nq and Nk. Three places. New tensors are made on q's
+         device, and in the dtype of the tile.
     4.2  causal: query i sees the keys j <= i + Nk - Nq. A key tile that no row of the query tile sees is not loaded;
-         only a tile that the diagonal cuts is masked. A row that sees no key gives O = 0, L = -inf. Two places.
+         only a tile that the diagonal cuts is masked. A row that sees no key gives O = 0, L = -inf. Two new
+         places, and three lines of 4.1 to mend: both exponentials subtract anchor(m_new), where m itself stays
+         as it is, and the division where l is 0.
     4.3  ragged: any Nq and Nk, and blocks larger than either. A key past the end must get no weight. One place.
 
     Args:
@@ -71,7 +74,7 @@ def tiled_attention(
         # end of your code
 
         end = nk
-        # your code here: 4.2 causal, the first key that none of these rows sees (about 2 lines)
+        # your code here: 4.2 causal, set end: one past the last key that any of these rows sees, at most nk (about 2 lines)
         # end of your code
 
         for start_k in range(0, end, block_k):
@@ -104,7 +107,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     """4.4  Attention over two sets of keys together, from the output and L of each set alone.
 
         L = log(exp L_a + exp L_b)
-        O = exp(L_a - L) O_a + exp(L_b - L) O_b                     (chapter 03's merge, with m + log l for m and l)
+        O = exp(L_a - L) O_a + exp(L_b - L) O_b                     (L: chapter 03's merge of (L_a, 1) and (L_b, 1))
 
     Args:
         out_a, out_b: (..., N, Dv), the outputs of the same queries over the one set and over the other.

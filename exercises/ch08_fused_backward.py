@@ -119,7 +119,8 @@ def dkdv_kernel(
     # your code here: 8.2 dkdv, CAUSAL: the first tile of queries that sees my first key (about 2 lines)
     tl.static_assert(False, "8.2 dkdv is not written yet")
     # end of your code
-    Q += tl.cast(begin, tl.int64) * stride_qn
+    # Q and dO move to the first tile of the walk; L and Delta stay, for rows counts from 0 of the head.
+    Q += tl.cast(begin, tl.int64) * stride_qn  # tl.cast: the plain 0 above has no .to
     dO += tl.cast(begin, tl.int64) * stride_don
 
     for start in range(begin, Nq, BLOCK_M):
@@ -131,7 +132,7 @@ def dkdv_kernel(
         delta = tl.load(Delta + rows, mask=rows < Nq, other=0.0)
         lse = tl.where(lse == float("-inf"), 0.0, lse)  # saw no key: -inf - -inf is NaN
 
-        # your code here: 8.2 dkdv, add this tile's part to dv and dk (about 10 lines)
+        # your code here: 8.2 dkdv, add this tile's part to dv and dk (about 9 lines)
         tl.static_assert(False, "8.2 dkdv is not written yet")
         # end of your code
 
@@ -157,6 +158,7 @@ def flash_dkdv(q, k, v, dout, lse, delta, *, causal=False, scale=None, block_m=3
         q, k, v, dout, lse.contiguous(), delta.contiguous(), dk, dv,
         *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *dk.stride(), *dv.stride(),
         H, Nq, Nk, scale, D=D, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        # How many threads work on a tile (32 to a warp), and how far ahead loads run: chapter 16.
         num_warps=4 if block_n <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return dk, dv
@@ -225,7 +227,7 @@ def flash_dq(q, k, v, dout, lse, delta, *, causal=False, scale=None, block_m=64,
         q, k, v, dout, lse.contiguous(), delta.contiguous(), dq,
         *q.stride(), *k.stride(), *v.stride(), *dout.stride(), *dq.stride(),
         H, Nq, Nk, scale, D=D, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
-        num_warps=4 if block_m <= 64 else 8, num_stages=2,
+        num_warps=4 if block_m <= 64 else 8, num_stages=2,  # as in flash_dkdv
     )  # fmt: skip
     return dq
 

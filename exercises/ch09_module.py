@@ -24,7 +24,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
     """O = softmax(S) V and L = logsumexp(S), with S = scale Q K^T (FlashAttention-2, Algorithm 1).
 
     q is (B, H, Nq, D), k and v are (B, H, Nk, D), with any strides. Gives out (B, H, Nq, D), in q's dtype, and
-    lse (B, H, Nq), natural log, float32. The kernel is that of chapter 07. The inputs are not written to.
+    lse (B, H, Nq), natural log, float32. The kernel is that of chapter 07; its flash_forward takes causal and scale
+    by keyword. The inputs are not written to.
     """
     # your code here: 9.1 attention_op, run chapter 07's flash_forward (about 1 line)
     raise NotImplementedError("9.1 attention_op is not written yet")
@@ -48,7 +49,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK and dV by the kernels of chapter 08, each with the shape, dtype and strides of `empty_like` its input.
 
-    dout is (B, H, Nq, D), with any strides, and dlse (B, H, Nq): the gradients of out and lse.
+    dout is (B, H, Nq, D), with any strides, and dlse (B, H, Nq): the gradients of out and lse. flash_backward takes
+    causal and scale by keyword, too.
     """
     # your code here: 9.2 attention_gradient, run chapter 08's flash_backward (about 1 line)
     raise NotImplementedError("9.2 attention_gradient is not written yet")
@@ -106,8 +108,8 @@ def check_inputs(q, k, v):
 def flash_attention(q, k, v, *, causal=False, scale=None):
     """softmax(scale Q K^T) V, differentiable in q, k and v: out (B, H, Nq, D).
 
-    q is (B, H, Nq, D), k and v are (B, H, Nk, D), with any strides; nothing is copied. causal lets query i see key
-    j when j <= i + Nk - Nq. scale is 1 / sqrt(D) unless given.
+    q is (B, H, Nq, D), k and v are (B, H, Nk, D), with any strides; without a cast, nothing is copied. causal lets
+    query i see key j when j <= i + Nk - Nq. scale is 1 / sqrt(D) unless given.
     Under autocast, q, k and v are cast to autocast's dtype first. Then they must satisfy check_inputs.
     """
     # your code here: 9.3 flash_attention, cast, check, and call the operator (about 7 lines)
@@ -124,7 +126,7 @@ class MultiHeadAttention(nn.Module):
 
     (Vaswani et al. 2017, section 3.2.2.) The projections are `nn.Linear(d_model, d_model)`, and are called
     q_proj, k_proj, v_proj and out_proj, as in flash_edu.MultiHeadFlashAttention: weights can be exchanged.
-    Heads are views: between a projection and the kernel nothing is copied.
+    Heads are views: without a cast, nothing is copied between a projection and the kernel.
     """
 
     def __init__(self, d_model, num_heads, *, causal=False):

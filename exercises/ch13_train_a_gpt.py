@@ -43,9 +43,9 @@ def training_step(
         g   <- g * min(1, max_norm / |g|)               clipping (Pascanu et al. 2013, arXiv:1211.5063)
 
     Gradients that the parameters hold already are forgotten first. With an autocast_dtype, the forward runs
-    under torch.autocast with it, on the device of inputs; None means no autocast. The loss is computed in
-    float32, whatever the dtype of the logits. loss is that of the weights before the step, and grad_norm is
-    |g| before clipping.
+    under torch.autocast with it, on the device of inputs; None means no autocast. (Not float16: it would need
+    a scaler.) The loss is computed in float32, whatever the dtype of the logits. loss is that of the weights
+    before the step, and grad_norm is |g| before clipping.
     """
     # your code here (about 8 lines)
     raise NotImplementedError("13.2 training_step is not written yet")

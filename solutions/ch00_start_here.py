@@ -1,8 +1,10 @@
 """Chapter 00, start here: one small function, to learn how a check talks to you."""
 
+import math
+
 
 def softmax_scale(head_dim: int) -> float:
-    """0.1  The number that scores are multiplied with before softmax.
+    """0.1  The number that scores are multiplied by before softmax.
 
         scale = 1 / sqrt(d)                                        (Vaswani et al. 2017, section 3.2.1)
 
@@ -13,5 +15,5 @@ def softmax_scale(head_dim: int) -> float:
         A Python float. softmax_scale(4) is 0.5.
     """
     # your code here (about 1 line)
-    return head_dim**-0.5
+    return 1 / math.sqrt(head_dim)
     # end of your code

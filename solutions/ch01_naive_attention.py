@@ -40,7 +40,7 @@ def naive_attention(
         q: (B, H, Nq, D).
         k: (B, H, Nk, D). Nk may differ from Nq.
         v: (B, H, Nk, Dv). Dv may differ from D.
-        causal: if True, hide the keys that `causal_mask(Nq, Nk)` hides.
+        causal: if True, hide the keys that `causal_mask(Nq, Nk)` hides. The mask is made on the device of q.
         scale: any number, 0 too; None means 1 / sqrt(D).
 
     Returns:

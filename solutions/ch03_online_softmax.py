@@ -29,7 +29,7 @@ def safe_softmax(scores: Tensor) -> Tensor:
         The weights, (..., N), in the dtype of the scores. Each row has its own maximum and its own sum.
         A row that holds nothing but -inf gives zeros, not NaN.
 
-    The scores are left as they are. Write it with max, exp and sum: `torch.softmax` would hide the point.
+    The scores are left as they are. Write it with amax, exp and sum: `torch.softmax` would hide the point.
     """
     # your code here (about 4 lines)
     m = scores.amax(dim=-1, keepdim=True)  # (..., 1)
@@ -55,7 +55,8 @@ def online_softmax(blocks) -> tuple[Tensor, Tensor]:
         m (...) and l (...): the maximum over all blocks, and the sum of exp(s - m) over all blocks.
         A row in which every score is -inf gives m = -inf and l = 0.
     """
-    m = torch.tensor(-math.inf)  # nothing seen yet: the pair (-inf, 0)
+    # Nothing seen yet: the pair (-inf, 0). Numbers without dims fit rows of any shape, fp64 and a GPU included.
+    m = torch.tensor(-math.inf)
     l = torch.tensor(0.0)
     for s in blocks:
         # your code here (about 4 lines)

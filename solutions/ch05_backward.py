@@ -109,6 +109,7 @@ def causal_tile(i: int, j: int, rows: int, columns: int, *, nq: int, nk: int, de
     """Given. The causal mask of the tile that starts at query i, key j: (rows, columns) bool, True = attend.
 
     Query i sees key j if j <= i + Nk - Nq, as in chapters 01 and 04: the last query sees every key.
+    device: where the mask is made. Give it that of q.
     """
     query = torch.arange(i, i + rows, device=device)[:, None]
     key = torch.arange(j, j + columns, device=device)

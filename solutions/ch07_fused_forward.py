@@ -39,8 +39,9 @@ def flash_forward_kernel(
 
     7.1  Every row sees every key, and the tiles divide Nq and Nk.
     7.2  CAUSAL: row i sees key j when j <= i + Nk - Nq. A row that sees no key gets O = 0 and L = -inf.
+         This takes the marked lines, and two guards among those of 7.1.
     7.3  Any Nq and Nk: rows from Nq on are neither read nor written, keys from Nk on are neither read nor
-         counted. This takes the marked lines, and a mask on every load and store of 7.1.
+         counted. This takes the marked lines, a mask on every load and store of 7.1, and other=0.0 on the loads.
     """
     # Which tile is mine? Everything that is multiplied by a stride is int64: the product can pass 2^31.
     i = tl.program_id(0)
@@ -93,7 +94,7 @@ def flash_forward_kernel(
             s = tl.where(keys[None, :] < Nk, s, float("-inf"))
         # end of your code
 
-        # your code here: 7.1 flash_forward, update m, l and acc with a tile of V (about 8 lines)
+        # your code here: 7.1 flash_forward, update m, l and acc with a tile of V (about 7 lines)
         m_new = tl.maximum(m, tl.max(s, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key seen yet: -inf - -inf is NaN
         alpha = tl.exp(m - m_safe)
@@ -107,7 +108,7 @@ def flash_forward_kernel(
         K += BLOCK_N * stride_kn  # on to the next tile of keys
         V += BLOCK_N * stride_vn
 
-    # your code here: 7.1 flash_forward, finish and store my rows of O and L (about 3 lines)
+    # your code here: 7.1 flash_forward, finish and store my rows of O and L (about 2 lines)
     l = tl.where(l == 0.0, 1.0, l)  # a row that saw no key: O = 0 / 1, L = -inf + log 1
     tl.store(O + r[:, None] * stride_on + d[None, :] * stride_od, acc / l[:, None], mask=rows[:, None] < Nq)
     tl.store(L + r, m + tl.log(l), mask=rows < Nq)
@@ -130,6 +131,7 @@ def flash_forward(q, k, v, *, causal=False, scale=None, block_m=64, block_n=32):
     flash_forward_kernel[grid](
         q, k, v, out, lse, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
         H, Nq, Nk, scale, D=D, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal,
+        # How many threads work on a tile (32 to a warp), and how far ahead loads run: chapter 16.
         num_warps=4 if block_m <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return out, lse

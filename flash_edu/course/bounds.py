@@ -3,6 +3,9 @@ the program, the tensor and the mask: otherwise it reads some other number, or e
 
 "Outside" means outside of the memory that the tensors of the launch are views of. A read beside a view, in memory that
 belongs to somebody, goes through: the tests fill such memory with NaN.
+
+And what a mask leaves out of a load is NaN unless the kernel says `other`: it is undefined on a GPU, and the interpreter's
+zeros would hide that.
 """
 import contextlib
 import inspect
@@ -17,6 +20,18 @@ from flash_edu._environment import interpreting
 
 class OutOfBounds(IndexError):
     """A kernel touched memory that belongs to none of its tensors."""
+
+
+FLOATS = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
+
+
+def _undefined(pointers):
+    """NaN for each element, as the interpreter holds them; None, which it takes for zeros, if these are no floats."""
+    from triton.runtime.interpreter import TensorHandle
+
+    element = pointers.get_element_ty()
+    dtype = FLOATS.get(element.name)
+    return dtype and TensorHandle(np.full(pointers.data.shape, np.nan, dtype), element)
 
 
 class _Memory(NamedTuple):
@@ -57,12 +72,11 @@ class _Guard(contextlib.ExitStack):
         return super().__enter__()
 
     def _before(self, owner, name, look) -> None:
-        """Until this closes, owner.name calls `look` with the same arguments first."""
+        """Until this closes, owner.name calls `look` with the same arguments first; `look` may return others to go on with."""
         original, own = getattr(owner, name), name in vars(owner)
 
         def wrapped(*args, **kwargs):
-            look(*args, **kwargs)
-            return original(*args, **kwargs)
+            return original(*(look(*args, **kwargs) or args), **kwargs)
 
         self.callback(setattr, owner, name, original) if own else self.callback(delattr, owner, name)
         setattr(owner, name, wrapped)
@@ -72,8 +86,9 @@ class _Guard(contextlib.ExitStack):
         arguments = dict(zip(inspect.signature(executor.fn).parameters, args)) | kwargs
         self.memories = [_Memory.of(name, x) for name, x in arguments.items() if isinstance(x, Tensor) and x.numel()]
 
-    def _on_load(self, pointers, mask, *rest, **kwargs) -> None:
+    def _on_load(self, pointers, mask, other, *rest, **kwargs) -> tuple:
         self._look("loads", pointers.data, mask.data)
+        return pointers, mask, _undefined(pointers) if other is None else other, *rest
 
     def _on_store(self, pointers, value, mask, *rest, **kwargs) -> None:
         self._look("stores", pointers.data, mask.data)

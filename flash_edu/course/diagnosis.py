@@ -6,7 +6,9 @@ import re
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from flash_edu.course import bounds
 from flash_edu.course.answers import load_answer
@@ -15,6 +17,7 @@ from flash_edu.course.manifest import Chapter, Course
 from flash_edu.course.mistakes import Mistake, make
 from flash_edu.course.report import ERROR, PASS
 
+# Of the processor's time, so that a busy machine gives no other diagnosis.
 SECONDS_FOR_ONE = 5  # to make one mistake on one input
 SECONDS = 10  # for everything said about one exercise
 MOST_INPUTS = 3  # failing claims that a mistake must explain to be named
@@ -26,6 +29,17 @@ class TooLong(Exception):
     """A mistake did not finish in its time."""
 
 
+class Trial(NamedTuple):
+    """A test that pytest has set up."""
+
+    test: Callable
+    arguments: dict
+
+    @classmethod
+    def of(cls, item) -> "Trial":
+        return cls(item.obj, {name: item.funcargs[name] for name in item._fixtureinfo.argnames})
+
+
 class Suspects:
     """The mistakes of one exercise that explain every failure seen so far."""
 
@@ -33,32 +47,29 @@ class Suspects:
         self.left = list(mistakes)
         self.inputs = 0
         self._workshop = workshop
-        self._until = time.monotonic() + SECONDS
+        self._until = math.inf  # the clock starts with the first failure
 
-    def face(self, item, status: str, message: str) -> bool:
+    def face(self, trial: "Trial", status: str, message: str) -> bool:
         """Keep those that fail this test in the same way. False if there was no more time, or enough was seen."""
-        if self.inputs == MOST_INPUTS or not self.left or time.monotonic() > self._until:
+        if self.inputs == MOST_INPUTS or not self.left or time.process_time() > self._until:
             return False
+        self._until = min(self._until, time.process_time() + SECONDS)
         kept = []
         for mistake in self.left:
-            if time.monotonic() > self._until:
+            if time.process_time() > self._until:
                 return False  # half a comparison would name whoever came first
-            if same_failure((status, message), self._workshop.try_out(mistake, item)):
+            if same_failure((status, message), self._workshop.try_out(mistake, trial)):
                 kept.append(mistake)
         self.left, self.inputs = kept, self.inputs + 1
         return True
 
-    def acquit(self, item) -> bool:
-        """The answer passed this test: drop those that fail it, as long as somebody is left. True if any was dropped."""
-        kept = []
-        for mistake in self.left:
-            if time.monotonic() > self._until:
-                return False
-            if self._workshop.try_out(mistake, item)[0] == PASS:
-                kept.append(mistake)
-        dropped = bool(kept) and len(kept) < len(self.left)
-        self.left = kept or self.left
-        return dropped
+    def acquit(self, trial: "Trial") -> None:
+        """The answer passed this test: drop those that fail it. A false name is worse than none."""
+        for mistake in list(self.left):
+            if time.process_time() > self._until:
+                return
+            if self._workshop.try_out(mistake, trial)[0] != PASS:
+                self.left.remove(mistake)
 
 
 class Workshop:
@@ -69,15 +80,14 @@ class Workshop:
         self._scratch = tempfile.TemporaryDirectory()
         self._folders: dict[Mistake, Path] = {}
 
-    def try_out(self, mistake: Mistake, item) -> tuple[str, str]:
-        """(status, message) of this test, already set up by pytest, on the solution with this mistake."""
+    def try_out(self, mistake: Mistake, trial: "Trial") -> tuple[str, str]:
+        """(status, message) of this test on the solution with this mistake."""
         places = Places(self._folder(mistake), self.course.root)
-        arguments = {name: item.funcargs[name] for name in item._fixtureinfo.argnames}
         try:
             with _limited(SECONDS_FOR_ONE), contextlib.redirect_stdout(io.StringIO()):
                 answer = load_answer(places.folder, self.chapter.stem)
                 with bounds.checked():
-                    item.obj(**arguments | {"answer": answer})
+                    trial.test(**trial.arguments | {"answer": answer})
         except TooLong:
             return ERROR, "It did not finish."
         except BaseException as error:  # pytest's own outcomes are no Exceptions
@@ -96,18 +106,18 @@ class Workshop:
 
 @contextlib.contextmanager
 def _limited(seconds: float):
-    """TooLong is raised inside once so much time has passed. Only where signals work: the main thread of Linux or macOS."""
+    """TooLong is raised inside once so much processor time was used. Only where signals work: the main thread, not Windows."""
 
     def stop(*_):
         raise TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def same_failure(one: tuple[str, str], other: tuple[str, str]) -> bool:

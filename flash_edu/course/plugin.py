@@ -9,7 +9,7 @@ import pytest
 from flash_edu.course import bounds
 from flash_edu.course.answers import answer_folder
 from flash_edu.course.claims import claim_text
-from flash_edu.course.diagnosis import Suspects, Workshop, same_failure
+from flash_edu.course.diagnosis import Suspects, Trial, Workshop, same_failure
 from flash_edu.course.explain import Places, explain
 from flash_edu.course.manifest import load_course
 from flash_edu.course.mistakes import load_mistakes
@@ -46,6 +46,7 @@ class Recorder:
         self.seconds = config.getoption("seconds")
         self.make_mistakes = config.getoption("make_mistakes")
         self.failed = set()
+        self.passed = {}  # exercise -> the trials that its answer passed before it failed one
         self.catalogue = Catalogue(config.rootpath, self.only)
         self.stack = self.path.with_suffix(".stack").open("w")
         self.places = Places(answer_folder(config.getoption("--target"), config.rootpath), config.rootpath)
@@ -111,15 +112,20 @@ class Recorder:
         return explain(call.excinfo.value, self.places)
 
     def diagnose(self, item, status, message):
-        """Which known mistakes explain this failure, and those before it?"""
+        """Which known mistakes explain this failure and those before it, and pass what passed before?"""
         suspects = self.catalogue.suspects(exercise_of(item))
-        if suspects.face(item, status, message):
+        if suspects.face(Trial.of(item), status, message):
+            for trial in self.passed.pop(exercise_of(item), []):
+                suspects.acquit(trial)
             self.name(exercise_of(item), suspects)
 
     def acquit(self, item):
-        """Several mistakes explain what failed so far: does one of them fail here, where the answer passes?"""
+        """The answer passes here: a mistake that fails here is not the one that it makes."""
         suspects = self.catalogue.suspects(exercise_of(item))
-        if suspects.inputs and len(suspects.left) > 1 and suspects.acquit(item):
+        if not suspects.inputs:
+            self.passed.setdefault(exercise_of(item), []).append(Trial.of(item))
+        elif suspects.left:
+            suspects.acquit(Trial.of(item))
             self.name(exercise_of(item), suspects)
 
     def name(self, id, suspects):
@@ -128,7 +134,7 @@ class Recorder:
     def kill(self, item):
         """Make each mistake that no claim has caught yet. Of one that is caught here: who else fails like this?"""
         id = exercise_of(item)
-        outcomes = {mistake: self.catalogue.workshop.try_out(mistake, item) for mistake in self.catalogue.alive[id]}
+        outcomes = {mistake: self.catalogue.workshop.try_out(mistake, Trial.of(item)) for mistake in self.catalogue.alive[id]}
         for mistake, outcome in outcomes.items():
             if outcome[0] in (FAIL, ERROR):
                 self.catalogue.alive[id].remove(mistake)
@@ -137,7 +143,7 @@ class Recorder:
                 self.write("killed", exercise=id, mistake=mistake.name, claim=claim_of(item), **said)
 
     def alike(self, mistake, item, outcome):
-        return same_failure(outcome, self.catalogue.workshop.try_out(mistake, item))
+        return same_failure(outcome, self.catalogue.workshop.try_out(mistake, Trial.of(item)))
 
 
 class Catalogue:

@@ -1,5 +1,6 @@
 """What a check found, and how it is shown: a box in a notebook, colours in a terminal, text elsewhere."""
 import html
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -116,14 +117,21 @@ def held(results: tuple[Result, ...]) -> str:
 
 
 def _details(result: Result) -> list[Line]:
+    """Once a mistake is named, what the claims after the first would advise only leads away from it."""
     lines = [Line(_title(result)), *_diagnosis(result)]
     said = set()
     for claim in result.claims:
         lines.append(Line(claim.text, f"  {LABELS[claim.status]}  ", _COLOUR_OF[claim.status]))
-        message = "as above" if claim.message in said else claim.message
-        said.add(claim.message)
-        lines += [Line(" " * 8 + text) for text in message.splitlines()] if claim.message else []
+        if claim.message and not (said and result.suspects):
+            message = "as above" if _essence(claim) in said else claim.message
+            lines += [Line(" " * 8 + text) for text in message.splitlines()]
+            said.add(_essence(claim))
     return lines
+
+
+def _essence(claim: Claim) -> str:
+    """Errors are the same if only their numbers differ: one line of code fails on inputs of several sizes."""
+    return re.sub(r"\d+", "#", claim.message) if claim.status == ERROR else claim.message
 
 
 def _diagnosis(result: Result) -> list[Line]:
@@ -131,7 +139,9 @@ def _diagnosis(result: Result) -> list[Line]:
     if not result.diagnosed:
         return []
     if not result.suspects:
-        return [Line("  No mistake that we know gives exactly this. The numbers below say where it begins.")]
+        first = next(claim for claim in result.claims if claim.status in (FAIL, ERROR))
+        below = "The line below is where your code stopped" if first.status == ERROR else "The numbers below say where it begins"
+        return [Line(f"  No mistake that we know gives exactly this. {below}.")]
     several = len(result.suspects) > 1
     lines = [Line("  Each of these mistakes gives exactly this:" if several else "  This is what you get when")]
     for mistake in result.suspects:

@@ -84,7 +84,8 @@ def _draw_weights(ax, scores: np.ndarray, m: np.ndarray, l: np.ndarray, ends: np
                 ax.text(j, step + 1, f"{weight:.2f}", **style)
         if end < len(scores):
             ax.add_patch(Rectangle((end - 0.5, step + 0.54), len(scores) - end, 0.92, gid="unseen", **HATCH))
-    ax.set(xlim=(-0.5, len(scores) - 0.5), ylim=(len(ends) + 0.5, 0.5), xlabel="key", ylabel="after block")
+    ax.set(xlim=(-0.5, len(scores) - 0.5), ylim=(len(ends) + 0.5, 0.5), xlabel="key")
+    ax.set_ylabel("after block", labelpad=10)  # there are no tick marks to keep it off the numbers
     ax.set_title("weights: exp(score - m) / l")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
@@ -201,8 +202,8 @@ def loss_curves(
         label, level = baseline if isinstance(baseline, tuple | list) else ("baseline", baseline)
         ax.axhline(float(level), color=INK, linewidth=1, linestyle=(0, (1, 2)), gid="baseline")
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        style = {"ha": "right", "va": "bottom", "fontsize": 8.5}
-        ax.annotate(f"{label}: {float(level):.3g}", (1, float(level)), (0, 3), **place, **style)
+        style = {"ha": "left", "va": "center", "fontsize": 8.5}  # outside, where no curve can be
+        ax.annotate(f"{label}: {float(level):.3g}", (1, float(level)), (4, 0), **place, **style)
     ax.set(xlabel="step", ylabel=ylabel)
     ax.grid(True, axis="y", color="#E6E6E6", linewidth=0.8)
     ax.legend(loc="best")

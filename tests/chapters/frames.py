@@ -36,10 +36,11 @@ def framed(x):
 
 
 @contextlib.contextmanager
-def nan_outputs(look):
+def nan_outputs(look, *names):
     """Inside, torch.empty and torch.empty_like give memory full of NaN, with a fence of NaN on either side.
 
     On leaving, every fence must still be NaN; otherwise something was written outside, and `look` says what to look at.
+    names: what the outputs are called, in the order in which they are made.
     """
     empty, empty_like, fences = torch.empty, torch.empty_like, []
 
@@ -56,12 +57,12 @@ def nan_outputs(look):
         mock.patch.object(torch, "empty_like", lambda *args, **kwargs: fenced(empty_like(*args, **kwargs))),
     ):
         yield
-    for shape, before, after in fences:
-        for where, fence in (("before the start", before), ("past the end", after)):
+    if len(names) != len(fences):  # the wrapper makes other outputs than it came with
+        names = ["An output"] * len(fences)
+    for name, (shape, before, after) in zip(names, fences):
+        for where, fence in (("before its start", before), ("past its end", after)):
             written = int((~fence.isnan()).sum())
-            assert not written, (
-                f"{written} numbers were written {where} of an output of shape {shape}.\n{look}"
-            )
+            assert not written, f"{name}, of shape {shape}, was written {where}: {written} number{'s' * (written > 1)}.\n{look}"
 
 
 def assert_inside(trace, look):

@@ -48,5 +48,5 @@ def test_four_times_the_head_dimension(answer):
     small, large = scale_of(answer, 9), scale_of(answer, 36)
     assert math.isclose(large, small / 2, rel_tol=1e-12), (
         f"softmax_scale(9) = {small:.6g}, softmax_scale(36) = {large:.6g}: that should be half as much.\n"
-        "A square root grows by 2 when its argument grows by 4. Look at what you take the root of."
+        "Four times the argument gives twice the square root. Look at what you take the root of."
     )

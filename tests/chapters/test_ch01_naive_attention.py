@@ -1,6 +1,8 @@
 """What an answer to chapter 01 must satisfy. The truth is fp64; the bound is that of flash_edu/testing.py."""
 
 import dataclasses
+import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +33,19 @@ def assert_mask(answer, rows, nk, look):
     assert got.bool().equal(want), (
         f"causal_mask({nq}, {nk}) is{NEW_ROW}{draw(got.bool())}\n    expected{NEW_ROW}{draw(want)}\n{look}"
     )
+
+
+def assert_made_there(call, look):
+    """call() makes each of its tensors on the CPU, which it was given: one made without a device lands elsewhere."""
+    with torch.device("meta"):  # the default now; on a machine with a GPU it is the CPU
+        try:
+            device = call().device.type
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            device = "meta"
+    assert device != "meta", look
+    assert device == "cpu", f"The result is on {device!r}, expected 'cpu'."
 
 
 def output_of(answer, q, k, v, **options):
@@ -78,9 +93,7 @@ def test_fewer_queries_than_keys(answer):
 @pytest.mark.exercise("1.1")
 def test_more_queries_than_keys(answer):
     """more queries than keys: the first queries see nothing"""
-    look = (
-        "The last query still sees every key; count back from there, one key fewer a row, until none is left."
-    )
+    look = "The last query still sees every key; count back from there, one key fewer per row, until none is left."
     assert_mask(answer, "00 00 10 11", 2, f"{look}\n{MASK_FORMULA}")
     assert_mask(answer, "000 000 100 110 111", 3, f"{look}\n{MASK_FORMULA}")
 
@@ -98,14 +111,11 @@ def test_mask_is_boolean(answer):
 @pytest.mark.exercise("1.1")
 def test_mask_is_on_the_device_asked_for(answer):
     """the mask is made on the device asked for"""
-    with torch.device(
-        "meta"
-    ):  # tensors made without a device land here, as they would on the wrong one of CPU and GPU
-        got = answer.causal_mask(3, 5, device="cpu")
-    assert got.device.type == "cpu", (
-        "causal_mask(3, 5, device='cpu') is not on the device 'cpu'.\n"
+    look = (
+        "causal_mask(3, 5, device='cpu') was asked for, but a tensor inside was made without device=.\n"
         "Give device=device to each torch.arange or torch.ones. Scores on a GPU need a mask on the same GPU."
     )
+    assert_made_there(lambda: answer.causal_mask(3, 5, device="cpu"), look)
 
 
 @pytest.mark.exercise("1.1")
@@ -190,7 +200,7 @@ def test_scale_zero(answer):
     assert_attention(
         answer,
         case,
-        "All scores are 0, so all weights are equal. 0 is a scale too; `scale or default` loses it.",
+        "All scores are 0, so all weights are equal. 0 is a scale too: ask `if scale is None`; `scale or default` loses a 0.",
     )
 
 
@@ -252,9 +262,30 @@ def test_rows_without_a_key(answer, nq, nk):
     assert_attention(
         answer,
         case,
-        f"With {nq} queries and {nk} keys, the first {nq - nk} see no key: all their scores are -inf,\n"
-        "and softmax makes 0/0 of it. Put 0 where mask.any(dim=-1) is False.",
+        f"With {nq} queries and {nk} keys, the first {nq - nk} see no key. Of a row of nothing but -inf, softmax makes 0/0.\n"
+        "Fill the weights with 0 where mask.any(dim=-1, keepdim=True) is False.",
     )
+
+
+@pytest.mark.exercise("1.2")
+def test_mask_is_on_the_device_of_q(answer):
+    """the mask is made on the device of q"""
+    case = make_case(nq=3, nk=5, d=4, causal=True, seed=13)
+    look = (
+        "q is on 'cpu', but a tensor inside was made without device=. On a GPU, the scores would be on the GPU and that\n"
+        "tensor would not. Hand the device of q to causal_mask."
+    )
+
+    def call():
+        return answer.naive_attention(case.q, case.k, case.v, causal=True)
+
+    try:
+        # torch.tensor(-inf) may be anywhere: a GPU takes single numbers from the CPU
+        with mock.patch.object(torch, "tensor", functools.partial(torch.tensor, device="cpu")):
+            assert_made_there(call, look)
+    except AssertionError:
+        test_mask_is_on_the_device_asked_for(answer)  # if causal_mask is to blame, this says so
+        raise
 
 
 @pytest.mark.exercise("1.2")
@@ -290,7 +321,7 @@ def test_dtype_is_kept(answer, dtype):
     )
     if dtype != torch.float64:
         assert_attention(
-            answer, case, f"At {dtype}, the error is larger than that of the formula in plain PyTorch."
+            answer, case, f"If the claims above hold, a step is done in fewer digits than {dtype} has."
         )
         return
     error = (
@@ -304,7 +335,7 @@ def test_dtype_is_kept(answer, dtype):
 
 NAN_GRADIENT = (
     "O is clean, but a NaN lived on the way to it, and 0 * NaN is NaN in the backward too.\n"
-    "Put the zeros into the weights, before they are multiplied with V, and hide scores with masked_fill."
+    "Put the zeros into the weights, before they are multiplied by V, and hide scores with masked_fill."
 )
 NAN_OUTPUT = (
     "O itself holds NaN, and the gradients have it from there. Mend O first: which rows of it are NaN?"

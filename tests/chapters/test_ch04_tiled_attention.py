@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -44,19 +45,27 @@ def tiled(answer, case, block_q, block_k):
 def assert_attention(answer, case, block_q, block_k, look):
     """Output and LSE are as near to the truth as plain PyTorch's."""
     out, lse, asked = tiled(answer, case, block_q, block_k)
-    want, plain = truth(case), eager(case)
+    rest = "so m and l are too. What is left is acc, and its division by l."
     try:
-        assert_near("O", out, want["out"], plain["out"], tile=block_q)
-        assert_near("L", lse, want["lse"], plain["lse"], tile=block_q)
+        assert_both(out, lse, truth(case), eager(case), rest, tile=block_q)
     except AssertionError as wrong:
-        raise AssertionError(f"{asked}\n{wrong}\n{first_of_lse(lse, want['lse'])}{look}") from None
+        raise AssertionError(f"{asked}\n{wrong}\n{look}") from None
 
 
-def first_of_lse(got, want):
-    """A line on L, for failures that show only O: right L means that m and l are right too."""
-    if got.shape != want.shape or not want.numel():
-        return ""
-    return f"The first L is {got.flatten()[0].item():.6g}, expected {want.flatten()[0].item():.6g}.\n"
+def assert_both(out, lse, want, plain, rest, tile=None):
+    """O and L are right. If O is not, a line says whether L is, since that halves the search; `rest` says what then is left."""
+    try:
+        assert_near("O", out, want["out"], plain["out"], tile=tile)
+    except AssertionError as wrong:
+        try:
+            assert_near("L", lse, want["lse"], plain["lse"])
+        except AssertionError as also:
+            lines = str(also).splitlines()
+            shown = next((line for line in lines if line.startswith("L[")), lines[0])
+        else:
+            shown = f"Every L is right, {rest}"
+        raise AssertionError(f"{wrong}\n{shown}") from None
+    assert_near("L", lse, want["lse"], plain["lse"], tile=tile)
 
 
 # 4.1 tiled_attention
@@ -240,6 +249,23 @@ def test_loads(answer):
         )
 
 
+@pytest.mark.exercise("4.1")
+def test_device(answer):
+    """new tensors are made on q's device"""
+    for device in ("cpu", "meta"):  # "meta" stands for a GPU: its tensors have shapes and a device, but no numbers
+        q, k, v = (torch.ones(1, 2, n, 4, device=device) for n in (8, 12, 12))
+        try:
+            answer.tiled_attention(q, k, v, block_q=4, block_k=4)
+        except Exception as error:
+            if device == "cpu":
+                raise
+            assert not re.search("(expected|same) device", str(error)), (
+                "With q, k and v on another device than the CPU, a tensor on the CPU met one of theirs. torch.zeros(...)\n"
+                "makes it on the CPU unless it is given device=q.device. q_tile.new_zeros(...), q_tile.new_full(...) and\n"
+                "torch.zeros_like(m) make it where q_tile or m is."
+            )
+
+
 # 4.2 causal
 
 RULE = "Query i sees key j if j <= i + Nk - Nq: the last query sees every key."
@@ -251,7 +277,11 @@ RULE = "Query i sees key j if j <= i + Nk - Nq: the last query sees every key."
 )
 def test_causal(answer, n, block_q, block_k):
     """each word sees itself and the words before it, whatever the tiles"""
-    look = f"With Nq = Nk that is j <= i. keys and rows hold the numbers of this tile's columns and rows.\n{RULE}"
+    look = (
+        "With Nq = Nk that is j <= i, and two places have to follow it. The loop ends one past the last key that any of\n"
+        "these rows sees. In it, the mask hides from each row the keys past its own: keys and rows hold their numbers.\n"
+        f"{RULE}"
+    )
     assert_attention(
         answer, make_case(2, 2, nq=n, nk=n, d=16, hot=3.0, causal=True, seed=n), block_q, block_k, look
     )
@@ -278,6 +308,13 @@ def test_more_queries_than_keys(answer):
         assert_attention(
             answer, make_case(nq=nq, nk=nk, d=16, hot=3.0, causal=True, seed=nq), block_q, block_k, look
         )
+    case = make_case(nq=24, nk=16, d=16, causal=True, seed=21)
+    low = dataclasses.replace(case, q=40 * case.q.abs() + 40, k=-case.k.abs() - 1)  # every score is far below 0
+    look = (
+        "Every score is far below 0. Only m_new is anchored: repair = exp(m - anchor(m_new)) is 0 where m is -inf. With m anchored\n"
+        "too, it is exp(0 - m_new), infinite here, and infinity times an l of 0 is NaN."
+    )
+    assert_attention(answer, low, 8, 8, look)
 
 
 @pytest.mark.exercise("4.2")
@@ -380,6 +417,13 @@ def test_padding_gets_no_weight(answer):
 
 
 @pytest.mark.exercise("4.3")
+def test_real_scores_of_zero(answer):
+    """a real key may have the score 0: it is its number that says whether a key exists"""
+    look = "All real scores are 0 here, like those of the padded keys. keys >= nk tells them apart, a score cannot."
+    assert_attention(answer, make_case(nq=11, nk=19, d=16, scale=0.0, seed=20), 4, 8, look)
+
+
+@pytest.mark.exercise("4.3")
 def test_blocks_larger_than_the_lengths(answer):
     """blocks larger than the sequence"""
     look = "One tile holds everything, and most of it is padding. Are all keys from nk on hidden, and only those?"
@@ -442,12 +486,10 @@ def assert_merged(got, case, what, look):
     assert isinstance(got, (tuple, list)) and len(got) == 2, (
         f"{what}\nmerge_attention returned {type(got).__name__}, expected a pair (out, lse)."
     )
-    want, plain = truth(case), eager(case)
     try:
-        assert_near("O", got[0], want["out"], plain["out"])
-        assert_near("L", got[1], want["lse"], plain["lse"])
+        assert_both(*got, truth(case), eager(case), "so what is left is O: the two shares, and what they multiply.")
     except AssertionError as wrong:
-        raise AssertionError(f"{what}\n{wrong}\n{first_of_lse(got[1], want['lse'])}{look}") from None
+        raise AssertionError(f"{what}\n{wrong}\n{look}") from None
 
 
 SHARES = (
@@ -562,3 +604,9 @@ def test_half_precision_merge(answer):
     plain = naive_attention_with_lse(case.q.float(), case.k.float(), case.v.float())
     assert_close("O", out, want[0], plain[0].half())
     assert_near("L", lse, want[1], plain[1])
+    far = [(out, lse + 1000) for out, lse in (a, b)]  # the same shares of the weight, and the same O
+    look = "L and the shares are computed in the dtype of L; only O is rounded. float16 has steps of 1 near 1000."
+    try:
+        assert_close("O, with 1000 added to both L", answer.merge_attention(*far[0], *far[1])[0], want[0], plain[0].half())
+    except AssertionError as wrong:
+        raise AssertionError(f"{wrong}\n{look}") from None

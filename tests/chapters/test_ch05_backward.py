@@ -4,11 +4,13 @@ The truth is autograd's, in fp64. Inputs are fp64 too, and an answer may be as f
 room for every order of operations, and none for another formula. One test asks for fp32's own accuracy.
 """
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from frames import left_alone
+from torch.autograd.gradcheck import GradcheckError
 
 from flash_edu.figures import largest_allocation, watch
 from flash_edu.reference import causal_mask, naive_attention_with_lse
@@ -367,6 +369,10 @@ START = {
     "key_pass": "dK_j and dV_j start at zero with each tile of keys, and every tile of queries adds to them.",
     "query_pass": "dQ_i starts at zero with each tile of queries, and every tile of keys adds to it.",
 }
+INNER = {
+    "key_pass": "The inner loop starts at the tile that holds the first query to see one of these keys.",
+    "query_pass": "The inner loop ends one past the last key that the tile's last query sees.",
+}
 
 
 def both_passes(test):
@@ -423,13 +429,54 @@ def test_ragged(answer, which, nq, nk, d, dv):
 
 
 @both_passes
+def test_hot(answer, which):
+    """scores in the hundreds"""
+    look = "Every exponent is S - L with the L of the whole row: never above 0, so nothing overflows."
+    judge_pass(answer, which, solved(29, 31, 16, hot=100.0, seed=6), 8, 8, look)
+
+
+@both_passes
+@pytest.mark.parametrize("scale", [0.07, -1.0])
+def test_scale(answer, which, scale):
+    """a scale of your own"""
+    look = f"The scale is {scale} here. It belongs in S, and, once more, in dQ and dK."
+    judge_pass(answer, which, solved(19, 25, 16, scale=scale, seed=7), 8, 8, look)
+
+
+@both_passes
+def test_no_large_tensor(answer, which):
+    """nothing larger than an input or a pair of tiles is ever in memory"""
+    case = solved(192, 192, 4, batch=1, heads=1, seed=9)
+    options = {"scale": case.scale, "block_q": 16, "block_k": 16}
+    assert_no_large_tensor(getattr(answer, which), pass_inputs(case), options)
+
+
+@both_passes
+def test_device(answer, which):
+    """new tensors, masks too, are made on q's device"""
+    inputs, options = pass_inputs(solved(16, 24, causal=True)), {"scale": 0.3, "causal": True, "block_q": 8, "block_k": 8}
+    for device in ("cpu", "meta"):  # "meta" stands for a GPU: its tensors have shapes and a device, but no numbers
+        try:
+            getattr(answer, which)(**{name: x.to(device) for name, x in inputs.items()}, **options)
+        except Exception as error:
+            if device == "cpu":
+                raise
+            assert not re.search("(expected|same) device", str(error)), (
+                "With the inputs on another device than the CPU, a tensor on the CPU met one of theirs. torch.zeros_like(k_j)\n"
+                "and q.new_zeros(...) follow their tensor. causal_tile(...) and torch.zeros(...) need device=q.device."
+            )
+
+
+@both_passes
+@pytest.mark.parametrize("hot", [2.0, 100.0])
 @pytest.mark.parametrize("block_q, block_k", BLOCKS)
-def test_causal(answer, which, block_q, block_k):
+def test_causal(answer, which, block_q, block_k, hot):
     """causal: a hidden pair of query and key has no part in any gradient"""
     look = (
-        "Each tile has its own mask, causal_tile(i, j, rows, columns, nq=nq, nk=nk), and its own rows of L."
+        "Each tile has its own mask, causal_tile(i, j, rows, columns, nq=nq, nk=nk, device=q.device), and its own rows of L.\n"
+        f"And is a tile left out? {INNER[which]}"
     )
-    judge_pass(answer, which, solved(64, 64, 8, causal=True, seed=3), block_q, block_k, look)
+    judge_pass(answer, which, solved(64, 64, 8, causal=True, hot=hot, seed=3), block_q, block_k, look)
 
 
 @both_passes
@@ -454,22 +501,6 @@ def test_causal_more_queries(answer, which, nq, nk):
 
 
 @both_passes
-@pytest.mark.parametrize("causal", [False, True])
-def test_hot(answer, which, causal):
-    """scores in the hundreds"""
-    look = "Every exponent is S - L with the L of the whole row: never above 0, so nothing overflows."
-    judge_pass(answer, which, solved(29, 31, 16, causal=causal, hot=100.0, seed=6), 8, 8, look)
-
-
-@both_passes
-@pytest.mark.parametrize("scale", [0.07, -1.0])
-def test_scale(answer, which, scale):
-    """a scale of your own"""
-    look = f"The scale is {scale} here. It belongs into S, and, once more, into dQ and dK."
-    judge_pass(answer, which, solved(19, 25, 16, scale=scale, seed=7), 8, 8, look)
-
-
-@both_passes
 @pytest.mark.parametrize("nq, nk", [(48, 48), (24, 56), (56, 24), (45, 51)])
 def test_hidden_tiles_are_skipped(answer, which, nq, nk):
     """causal: a pair of tiles with nothing to see is not loaded"""
@@ -483,14 +514,6 @@ def test_hidden_tiles_are_skipped(answer, which, nq, nk):
             f"and none of them sees any. Query {q1 - 1} sees the keys up to {q1 - 1 + nk - nq}.\n"
             f"Let the inner loop {'start' if which == 'key_pass' else 'end'} where there is something to see."
         )
-
-
-@both_passes
-def test_no_large_tensor(answer, which):
-    """nothing larger than an input or a pair of tiles is ever in memory"""
-    case = solved(192, 192, 4, batch=1, heads=1, seed=9)
-    options = {"scale": case.scale, "block_q": 16, "block_k": 16}
-    assert_no_large_tensor(getattr(answer, which), pass_inputs(case), options)
 
 
 def assert_no_large_tensor(function, inputs, options):
@@ -606,7 +629,7 @@ def test_gradcheck(answer, causal):
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
     try:
         torch.autograd.gradcheck(Attention.apply, inputs)
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         which = next((name for i, name in enumerate("qkv") if f"input {i}" in str(error)), "an input")
         raise AssertionError(
             f"gradcheck moved the numbers of {which} a little, and the outputs did not follow it.\n{error}"

@@ -228,6 +228,20 @@ def test_the_norm(answer, max_norm):
 
 
 @pytest.mark.exercise("13.2")
+def test_all_parameters_are_clipped(answer):
+    """an optimizer with two groups: the gradient of all parameters is clipped, as one vector"""
+    model, (inputs, targets) = Spy(), examples(seed=4)
+    _, right, _ = right_step(model, inputs, targets, 0.1)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors}], lr=LEARNING_RATE)
+    _, norm = take_step(answer, model, optimizer, inputs, targets, max_norm=0.1)
+    assert math.isclose(norm, right, rel_tol=1e-3), (
+        f"grad_norm = {norm:.6g}, expected {right:.6g}. Weight decay is often given to a group of parameters of its own.\n"
+        "model.parameters() has all of them, a group of the optimizer only its own."
+    )
+
+
+@pytest.mark.exercise("13.2")
 def test_old_gradients_are_forgotten(answer):
     """what an earlier step left in .grad does not count"""
     model, (inputs, targets) = Spy(), examples(seed=3)
@@ -271,6 +285,21 @@ def test_autocast(answer, dtype):
         f"Weights and gradients are {kept}, expected float32: autocast casts copies, operation by "
         "operation.\n"
         "A step of 0.001 on a weight of 1 would round away in bfloat16."
+    )
+
+
+@pytest.mark.exercise("13.2")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_is_float32_without_autocast(answer, dtype):
+    """16-bit logits and no autocast: the loss is computed in float32 all the same"""
+    model, (inputs, targets) = Spy(seed=2), examples(seed=7)
+    model.register_forward_hook(lambda module, args, logits: logits.to(dtype))
+    loss, _ = take_step(answer, model, sgd(model), inputs, targets)
+    log_p = model.logits.detach().to(dtype).double().log_softmax(-1)
+    right = -log_p.gather(-1, targets[..., None]).mean().item()
+    assert math.isclose(loss, right, rel_tol=1e-5), (
+        f"loss = {loss:.6f}; from the model's {dtype} logits it should be {right:.6f}. autocast_dtype is None here, so\n"
+        "nobody converts for you: logits.float() first."
     )
 
 

@@ -160,6 +160,20 @@ def test_a_kernel_that_leaves_its_tensors_is_stopped(course, load, said):
     assert re.search(r"mine/ch01_small.py, line \d+, in double_kernel\n +y = tl.load", told)
 
 
+def test_what_a_mask_leaves_out_of_a_load_is_not_zero(course):
+    """On a GPU it is undefined without `other`; the interpreter's zeros would hide that."""
+    mean = "y = 2 * (tl.sum(tl.load(X + i, mask=i < N{other})) / N + tl.zeros((BLOCK,), tl.float32))"
+    assert check(course, changed(load=mean.format(other=", other=0.0")), "1.3").passed
+    assert not check(course, changed(load=mean.format(other="")), "1.3").passed
+
+
+def test_errors_that_differ_in_a_number_are_told_once(course):
+    told = check(course, changed(rest="return [a, b][a]"), "1.5").text()
+    assert told.count("list index out of range") == 1 and "as above" in told
+    told = check(course, changed(rest='raise ValueError(f"{a} is too large")'), "1.5").text()
+    assert "7 is too large" in told and "9 is too large" not in told and "as above" in told
+
+
 def test_a_changed_signature_is_told_in_words(course):
     told = only(check(course, changed(signature="def add(a):")), "1.1")
     assert "add() takes 1 positional argument but 2 were given.\n        The check calls it as the skeleton has it" in told

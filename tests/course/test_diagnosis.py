@@ -19,6 +19,7 @@ MISTAKES = [
     ("1.1", "b is subtracted", "return a + b", "return a - b"),
     ("1.1", "b is added twice", "return a + b", "return a + 2 * b"),
     ("1.1", "b is doubled", "return a + b", "b = b * 2\n    return a + b"),
+    ("1.1", "it is 3 too many", "return a + b", "return a + b + 3"),
     ("1.2", "the results are swapped", "return divmod(a, b)", "return divmod(a, b)[::-1]"),
     ("1.2", "it never ends", "return divmod(a, b)", "while True:\n        pass"),
     ("1.2", "nothing is returned", "return divmod(a, b)", "divmod(a, b)"),
@@ -54,6 +55,7 @@ def suspects(course, what, **lines):
         ("1.2", {"fraction": "return a % b, a // b"}, ["the results are swapped"]),
         ("1.2", {"fraction": "b = divmod(a, b)"}, ["nothing is returned"]),  # an error, told by its first line
         ("1.3", {"load": "y = tl.load(X + i, mask=i < N) * 1.0"}, NO_NUMBERS),
+        ("1.1", {"add": "return a - b if b == 2 else a + b + (b == 0)"}, []),  # as b subtracted, but what that fails, it passes
     ],
 )
 def test_who_is_named(course, what, lines, names):
@@ -68,8 +70,17 @@ def test_what_the_report_says(course):
     several = check(course, changed(add="return b + a + b"), "1.1").text()
     assert "Each of these mistakes gives exactly this:" in several and several.count("Why it is wrong") == 2
     unknown = check(course, changed(add="return a + b + 0.001"), "1.1").text()
-    assert "No mistake that we know gives exactly this." in unknown
+    assert "No mistake that we know gives exactly this. The numbers below say where it begins." in unknown
+    stopped = check(course, changed(add="return a + nothing"), "1.1").text()
+    assert "No mistake that we know gives exactly this. The line below is where your code stopped." in stopped
     assert "mistake" not in check(course, changed(), "1.1").text()
+
+
+def test_once_a_mistake_is_named_only_the_first_failure_is_explained(course):
+    unknown = check(course, changed(add="return a + b + 4"), "1.1").text()
+    assert "gave 7" in unknown and "not true: assert answer.add(7, 0) == 7" in unknown
+    named = check(course, changed(add="return 3 + a + b"), "1.1").text()
+    assert "3 too many" in named and "gave 6" in named and "not true" not in named and "FAIL  adding 0 changes nothing" in named
 
 
 def test_an_exercise_without_mistakes_says_nothing_of_them(course):

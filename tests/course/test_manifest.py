@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from small_course import EXERCISE
 import torch
 
 from flash_edu.course import device, machine, on_gpu, size, toy
+from flash_edu.course.hints import with_hints
+from flash_edu.course.notebooks import to_text
 from flash_edu.course.readme import with_table
 from flash_edu.course.manifest import CourseError, course_root, load_course
 
@@ -199,3 +202,12 @@ def test_importing_the_course_loads_no_more_than_it_must():
 def test_the_readme_shows_the_chapters_of_the_manifest():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_table(readme, load_course(ROOT)) == readme, "run: python -m flash_edu.course.readme"
+
+
+def test_the_notebooks_show_the_hints_of_the_manifest():
+    for chapter in load_course(ROOT).chapters:
+        text = (ROOT / "notebooks" / chapter.notebook).read_text(encoding="utf-8")
+        shown = to_text(with_hints(nbformat.reads(text, as_version=4), chapter))
+        assert shown == text, f"{chapter.notebook}: run python -m flash_edu.course.hints"
+        for exercise in chapter.exercises:
+            assert f'"id": "hints-{exercise.id.replace(".", "-")}"' in text, f"{chapter.notebook} never checks {exercise.label}"

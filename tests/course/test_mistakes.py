@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from small_course import ROOT, SOLUTION, make_course
 
+from flash_edu.course.judging import run_check
 from flash_edu.course.kill_matrix import kill_matrix, main
 from flash_edu.course.manifest import CourseError, load_course
 from flash_edu.course.mistakes import catalogue_path, load_mistakes
@@ -39,6 +40,58 @@ def test_every_exercise_has_mistakes_with_names_and_explanations(chapter):
         assert not mistake.name.endswith("."), mistake
         assert len(re.findall(r"[.?!](?: |$)", mistake.explanation)) >= 2, f"{mistake}: explain it in two or three sentences"
         assert mistake.see in headings, f'{mistake}: notebooks/{chapter.notebook} has no heading "{mistake.see}"'
+
+
+NOISE = '''
+
+def _noisy(function):
+    def noisy(*args, **kwargs):
+        got = function(*args, **kwargs)
+        parts = got if isinstance(got, tuple) else (got,)
+        parts = tuple(x * (1 + 0.1 * torch.rand(x.shape, generator=_noise)) if _is_float(x) else x for x in parts)
+        return parts if isinstance(got, tuple) else parts[0]
+    return noisy
+
+
+def _is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+_noise = torch.Generator().manual_seed(0)
+for _name in ({names}):
+    globals()[_name] = _noisy(globals()[_name])
+'''
+
+
+@pytest.mark.parametrize("chapter", [c for c in CHAPTERS if c.number], ids=lambda chapter: chapter.stem)  # 00 has no tensors
+def test_what_is_no_known_mistake_is_not_named(chapter, tmp_path):
+    """Every function returns its tensors with noise on them."""
+    text = (ROOT / "solutions" / chapter.file).read_text()
+    names = re.findall(r"^def (\w+)\(", text, re.MULTILINE)
+    plain = [name for name in names if f"jit\ndef {name}(" not in text and "_shapes" not in name]
+    report = _judged(chapter, text + NOISE.replace("{names}", repr(plain)[1:-1] + ","), tmp_path)
+    failed = [result for result in report.results if result.diagnosed]
+    assert failed and not any(result.suspects for result in failed), report.text()
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
+def test_two_mistakes_at_once_are_reported(chapter, tmp_path):
+    """Two in each exercise: they are caught, and nothing of the machinery's own shows."""
+    text, mistakes = (ROOT / "solutions" / chapter.file).read_text(), load_mistakes(chapter, COURSE)
+    for exercise in chapter.exercises:
+        made = 0
+        for mistake in (mistake for mistake in mistakes if mistake.exercise == exercise.id):
+            if made < 2 and all(text.count(old) == 1 for old, _ in mistake.changes):
+                text, made = mistake.made_in(text), made + 1
+    report = _judged(chapter, text, tmp_path)
+    assert not report.problem and {result.status for result in report.results} <= {"fail", "error"}, report.text()
+    assert "flash_edu/course" not in report.text() and "tests/chapters" not in report.text()
+
+
+def _judged(chapter, text, folder):
+    for path in (ROOT / "solutions").glob("*.py"):
+        (folder / path.name).write_text(text if path.name == chapter.file else path.read_text())
+    return run_check(chapter.number, target=str(folder), course=COURSE)
 
 
 def _headings(chapter):
