@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from flash_edu import flash_attention, philox
 from flash_edu.rules import Rules
 
-B, H, KV = 2, 4, 2
-NQ, NK = (200, 250) if ON_GPU else (35, 50)
+B, H, KV = 2, 2, 1
+NQ, NK = (200, 250) if ON_GPU else (33, 35)
 
 
 def with_tile(monkeypatch, block_m, block_n):
@@ -57,7 +57,7 @@ def test_tiles_do_not_matter(tile, monkeypatch):
 
 
 def test_grouped_heads_drop_their_own():
-    """With 2 key/value heads and with 4, the 4 query heads drop the same: each its own weights, and not the group's."""
+    """With a key/value head each and with one for both, the query heads drop the same: each its own, and not the group's."""
     q, k = torch.zeros(B, H, NQ, 16, device=DEVICE), torch.zeros(B, H, NK, 16, device=DEVICE)
     v = torch.eye(NK, device=DEVICE).expand(B, H, NK, NK)
     for backend in ("torch", "triton"):
@@ -104,10 +104,12 @@ def test_the_rate_and_no_pattern(p):
         rate = kept.mean(axes)
         deviation = (p * (1 - p) * rate.numel() / kept.numel()) ** 0.5
         assert (rate - (1 - p)).abs().max() < 5 * deviation, f"the rate, over axes {axes}"
-    pairs = [(kept.roll(step, axis), f"{step} further on axis {axis}") for axis in range(3) for step in (1, 2, 3, 4, 8, 128)]
-    for x, what in [*pairs, (other, "of the next call"), (kept.mT, "with rows and columns exchanged")]:
-        correlation = torch.corrcoef(torch.stack((kept.flatten(), x.flatten())))[0, 1]
-        assert correlation.abs() < 5 / kept.numel() ** 0.5, f"correlated with the one {what}"
+    steps = [(axis, step) for axis in range(3) for step in (1, 2, 3, 4, 8, 64) if step < kept.shape[axis]]
+    pairs = [(kept, kept.roll(step, axis), f"{step} further on axis {axis}") for axis, step in steps]
+    pairs += [(kept, other, "of the next call"), (kept[:, :128, 128:], kept[:, 128:, :128].mT, "across the diagonal")]
+    for x, y, what in pairs:
+        correlation = torch.corrcoef(torch.stack((x.flatten(), y.flatten())))[0, 1]
+        assert correlation.abs() < 5 / x.numel() ** 0.5, f"correlated with the one {what}"
 
 
 def test_extreme_probabilities(backend):
