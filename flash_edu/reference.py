@@ -156,7 +156,7 @@ def _tiled_backward(dout, q, k, v, lse, delta, dq, dk, dv, rules, block_q, block
             s, keep = asked.masked(products, rows, cols)
             p = asked.weights(s, lse_i)  # (B, Hkv, G*bq, bk)
             dp = asked.dropped(dout_i @ asked.without_unseen(v_j, keep).mT, rows, cols)
-            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[0], keep, rows)
+            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[0], keep)
             dv_j += asked.dropped(p, rows, cols).mT @ dout_i
             dk_j += ds.mT @ q_i * rules.scale
             dq_[..., rows, :] += (ds @ asked.without_unseen(k_j, keep) * rules.scale).unflatten(2, (-1, rows.stop - rows.start))
@@ -180,8 +180,8 @@ def mask_gradient(
             s, keep = asked.masked(products, rows, cols)
             p = asked.weights(s, lse_i)
             dp = asked.dropped(dout_i @ asked.without_unseen(v_j, keep).mT, rows, cols)
-            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[1], keep, rows)
-            ds = asked.by_head(ds, rows)  # (B, Hq, bq, bk)
+            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[1], keep)
+            ds = asked.by_head(ds)  # (B, Hq, bq, bk)
             part = _part(gradient, rows, cols)
             part += ds.sum_to_size(part.shape)
     return gradient.to(rules.mask.dtype)
@@ -213,15 +213,15 @@ class ScoreRules:
         """Products of a tile, (B, Hkv, G*bq, bk) -> scores, -inf where hidden; and `visible`."""
         s = products * self.rules.scale
         if self.changes:
-            s = self.scores(self.by_head(s, rows), rows, cols).reshape(s.shape)
+            s = self.scores(self.by_head(s), rows, cols).reshape(s.shape)
         keep = self.visible(rows, cols)
         if keep is not None:
-            self.by_head(s, rows).masked_fill_(~keep, NEG_INF)
+            self.by_head(s).masked_fill_(~keep, NEG_INF)
         return s, keep
 
-    def by_head(self, s: Tensor, rows: slice) -> Tensor:
+    def by_head(self, s: Tensor) -> Tensor:
         """(B, Hkv, G*bq, bk) as (B, Hq, bq, bk), a view."""
-        return s.unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
+        return s.unflatten(2, (self.heads // s.shape[1], -1)).flatten(1, 2)
 
     def scores(self, s: Tensor, rows: slice, cols: slice) -> Tensor:
         """Scaled products (B, Hq, bq, bk) -> scores."""
@@ -249,7 +249,7 @@ class ScoreRules:
             tanh = (s / self.rules.softcap).tanh()
             s, slope = self.rules.softcap * tanh, 1 - tanh * tanh
         if self._modifies():
-            before = self._after_softcap(self.by_head(s, rows), rows, cols)
+            before = self._after_softcap(self.by_head(s), rows, cols)
             hidden = before == NEG_INF
             mask_slope = self.pattern.slope(before.masked_fill(hidden, 0.0), *self._places(rows, cols))
             mask_slope = mask_slope.masked_fill(hidden, 0.0).reshape(s.shape)
@@ -292,10 +292,10 @@ class ScoreRules:
         seen = seen.unflatten(1, (x.shape[1], -1)).any(2) if seen.shape[1] > 1 else seen
         return x.masked_fill(~seen[..., None], 0.0)
 
-    def without_hidden(self, ds: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
+    def without_hidden(self, ds: Tensor, keep: Tensor | None) -> Tensor:
         """dS, (B, Hkv, G*bq, bk), in place: the derivative of a hidden score may be NaN, and so is 0 * NaN."""
         if keep is not None and self.hides:
-            self.by_head(ds, rows).masked_fill_(~keep, 0.0)
+            self.by_head(ds).masked_fill_(~keep, 0.0)
         return ds
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
