@@ -78,9 +78,8 @@ class Pattern:
         """The derivative of score_mod: score_grad if there is one, otherwise autograd's."""
         if self.score_grad is not None:
             return self._call(self.score_grad, batch, head, i, j, s).to(s.dtype).expand_as(s)
-        with torch.enable_grad():
-            s = s.detach().requires_grad_()
-            return torch.autograd.grad(self.changed(s, batch, head, i, j).sum(), s)[0]
+        _, gradient = torch.func.vjp(lambda s: self.changed(s, batch, head, i, j), s)  # inside an operator, autograd is off
+        return gradient(torch.ones_like(s))[0]
 
     def _call(self, function: Callable, batch: Tensor, head: Tensor, i: Tensor, j: Tensor, *scores: Tensor) -> Tensor:
         """One of the functions, on tensors that broadcast."""

@@ -32,9 +32,14 @@ def causal_mask(nq: int, nk: int, device: torch.device | str | None = None) -> T
     return cols <= rows + (nk - nq)
 
 
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """softmax(scale * Q K^T) V, (B, Hq, Nq, Dv), with the N x N matrix in memory. A row with no key gives 0."""
-    return naive_attention_with_lse(q, k, v, causal=causal, scale=scale)[0]
+    rules = plain_rules(q, causal, scale)
+    if dropout_p > 0:
+        rules = rules._replace(dropout_p=dropout_p, seed=philox.draw_seed(q.device))
+    return naive_attention_with_lse(q, k, v, rules=rules)[0]
 
 
 def naive_attention_with_lse(
@@ -192,6 +197,13 @@ def row_delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     wide = _accumulator(out.dtype)
     delta = (dout.to(wide) * out.to(wide)).sum(dim=-1)
     return delta if dlse is None else delta - dlse
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """(..., Hq), of sinks (..., Hq), lse and delta (..., B, Hq, Nq). A sink's weight is P = exp(sink - lse) and its value is 0,
+    so that dP = 0 and dS = -P D."""
+    weight = (sinks.to(lse.dtype)[..., None, :, None] - lse).exp().masked_fill(lse == NEG_INF, 0.0)
+    return -(weight * delta).sum((-3, -1)).to(sinks.dtype)
 
 
 class ScoreRules:

@@ -24,10 +24,7 @@ from flash_edu.kernels.launch import (
 )
 from flash_edu.kernels.scores import (
     changed_scores_and_slopes,
-    changes_scores,
     dropout_keeps,
-    hides_any,
-    hides_keys,
     kernel_rules,
     key_at,
     keys_walk,
@@ -119,10 +116,10 @@ def dk_dv_kernel(
         )  # fmt: skip
         b_lse = load_lse(lse_ptr + p_row, o_m, Nq)
         b_st = dot_rows(b_k, b_q, SPLIT, PRECISION)  # (BLOCK_N, BLOCK_M)
-        if changes_scores(rules):
+        if rules.CHANGES_SCORES:
             b_st, b_slope, _ = changed_scores_and_slopes(b_st * scale, batch, head, i, j, Nq, Nk, rules)
         b_pt = weights(b_st, b_lse[None, :], to_log2, rules)
-        if hides_any(rules):
+        if rules.HIDES_ANY:
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_pt = tl.where(b_keep, b_pt, 0.0)
         b_do = load_tile(
@@ -139,9 +136,9 @@ def dk_dv_kernel(
         if rules.seed is not None:
             b_dpt = tl.where(b_kept, b_dpt * rules.dropout_scale, 0.0)
         b_dst = b_pt * (b_dpt - b_delta[None, :])
-        if changes_scores(rules):
+        if rules.CHANGES_SCORES:
             b_dst *= b_slope
-        if hides_keys(rules):
+        if rules.HIDES_KEYS:
             b_dst = tl.where(b_keep, b_dst, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
         b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=b_dk.dtype)
         position += BLOCK_M
@@ -168,7 +165,7 @@ def accumulate_dq(
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
         b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, MASKED)
         b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if changes_scores(rules):
+        if rules.CHANGES_SCORES:
             b_s, b_slope, _ = changed_scores_and_slopes(b_s * scale, batch, head, i, j, Nq, Nk, rules)
         b_p = weights(b_s, b_lse[:, None], to_log2, rules)
         if MASKED:
@@ -180,9 +177,9 @@ def accumulate_dq(
             b_kept = dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK_M, BLOCK_N)
             b_dp = tl.where(b_kept, b_dp * rules.dropout_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if changes_scores(rules):
+        if rules.CHANGES_SCORES:
             b_ds *= b_slope
-        if MASKED and hides_keys(rules):
+        if MASKED and rules.HIDES_KEYS:
             b_ds = tl.where(b_keep, b_ds, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
             b_k = zero_unseen(b_k, tl.max(b_keep.to(tl.int32), 0) > 0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)

@@ -81,3 +81,14 @@ def dot_rows(b_a, b_b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         b_dots = tl.sum(b_parts, 0)
     return b_dots
 
+
+
+@triton.jit
+def tanh(x):
+    """To the last places, as softcap multiplies the error: near 0, where 1 - t cancels, by its series."""
+    t = tl.exp2(tl.abs(x) * -2 * LOG2E)
+    far = (1 - t) / (1 + t)
+    y = x * x
+    near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    limit = 0.01 if x.dtype == tl.float64 else 0.25  # the series' next term is below the rounding
+    return tl.where(tl.abs(x) < limit, x * near, tl.where(x < 0, -far, far))

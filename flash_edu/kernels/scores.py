@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_edu import patterns
-from flash_edu.kernels.common import LOG2E, load_tile
+from flash_edu.kernels.common import LOG2E, load_tile, tanh
 from flash_edu.philox import ROUNDS, dropout_threshold
 from flash_edu.rules import Rules
 
@@ -21,7 +21,7 @@ PLAN_BLOCK = tl.constexpr(patterns.PLAN_BLOCK)
 
 
 class KernelRules(NamedTuple):
-    """Rules as a kernel takes them: tensors become pointers. None: not asked for."""
+    """Rules as a kernel takes them: tensors become pointers. None: not asked for. Names in capitals are known when compiling."""
 
     left: int | None
     right: int | None
@@ -45,6 +45,9 @@ class KernelRules(NamedTuple):
     buffers: tuple[Tensor, ...]
     plan: Tensor | None  # of the walk that this kernel makes, see patterns.py
     plan_strides: tuple[int, ...] | None  # over batch, heads, tiles
+    CHANGES_SCORES: tl.constexpr  # are scores more than scaled products?
+    HIDES_KEYS: tl.constexpr  # does a mask hide keys that a walk cannot leave out? Then no tile may be taken as a whole
+    HIDES_ANY: tl.constexpr
 
 
 def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
@@ -60,6 +63,8 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
     pattern = patterns.get(rules.pattern)
     plan = _plan_of(pattern, rules, q, k, walk)
     drops = rules.dropout_p > 0
+    hides_keys = boolean or padding is not None or (pattern and pattern.mask_mod) is not None
+    hides_any = hides_keys or rules.left is not None or rules.right is not None
     return KernelRules(
         left=rules.left,
         right=rules.right,
@@ -71,7 +76,7 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         mask_strides=None if mask is None else mask.stride(),
         padding=None if padding is None else padding.view(torch.uint8),
         real=None if padding is None else _real_range(padding),
-        sinks=rules.sinks,
+        sinks=None if rules.sinks is None else rules.sinks.contiguous(),
         seed=rules.seed if drops else None,
         dropout_threshold=dropout_threshold(rules.dropout_p) if drops else None,
         dropout_scale=1 / (1 - rules.dropout_p) if drops else None,
@@ -83,12 +88,20 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         buffers=tuple(rules.buffers),
         plan=plan,
         plan_strides=None if plan is None else _steps(plan),
+        CHANGES_SCORES=tl.constexpr(_changes_scores(rules, boolean, pattern)),
+        HIDES_KEYS=tl.constexpr(hides_keys),
+        HIDES_ANY=tl.constexpr(hides_any),
     )
+
+
+def _changes_scores(rules: Rules, boolean: bool, pattern: patterns.Pattern | None) -> bool:
+    added = rules.slopes is not None or (rules.mask is not None and not boolean)
+    return rules.softcap is not None or added or (pattern and pattern.score_mod) is not None
 
 
 def units(rules: Rules, asked: KernelRules) -> tuple[float, float]:
     """The scale, and what turns the kernel's scores into base 2: products are not scaled yet, changed scores are."""
-    to_log2 = LOG2E.value if changes_scores.fn(asked) else rules.scale * LOG2E.value
+    to_log2 = LOG2E.value if asked.CHANGES_SCORES.value else rules.scale * LOG2E.value
     return rules.scale, to_log2
 
 
@@ -115,36 +128,7 @@ def _real_range(padding: Tensor) -> Tensor:
     return torch.stack((first, end), 1)
 
 
-# --- what is asked ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def changes_scores(rules):
-    """Are scores more than scaled products?"""
-    return rules.softcap is not None or rules.slopes is not None or rules.bias is not None or rules.score_mod is not None
-
-
-@triton.jit
-def hides_keys(rules):
-    """Does a mask hide keys that a walk cannot leave out? Then no tile may be taken as a whole."""
-    return rules.keep is not None or rules.padding is not None or rules.mask_mod is not None
-
-
-@triton.jit
-def hides_any(rules):
-    return hides_keys(rules) or rules.left is not None or rules.right is not None
-
-
 # --- scores -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def tanh(x):
-    """By the exponential; by its series where x is small, and 1 - 2 / (e + 1) would lose the digits of x."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    small = 1e-4 if x.dtype == tl.float64 else 0.0625  # the next term is within rounding
-    return tl.where(square < small, series, 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit
@@ -308,7 +292,7 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     if rules.real is not None or rules.left is not None:
         end = tl.where(first < end, end, 0)
         first = first // BLOCK_N * BLOCK_N
-    if hides_keys(rules):
+    if rules.HIDES_KEYS:
         full_lo = first
         full_hi = first
     full_hi = full_hi // BLOCK_N * BLOCK_N
