@@ -206,6 +206,12 @@ def check_pattern(pattern: object, q: Tensor) -> None:
         require(
             x.device == q.device, ValueError, lambda: f"pattern: its buffers must be on the device of q, got {x.device} and {q.device}"
         )
+        require(
+            not (x.requires_grad and torch.is_grad_enabled()),
+            NotImplementedError,
+            lambda: "pattern: its buffers get no gradient, got one that requires it: detach it, or pass what is added to the "
+            "scores as attn_mask",
+        )
 
 
 def check_cu_seqlens(cu_q: object, cu_k: object, q: Tensor) -> None:

@@ -150,7 +150,9 @@ def changed_scores_and_slopes(b_s, batch, head, i, j, Nq, Nk, rules):
         b_slope = 1 - b_tanh * b_tanh
     if rules.score_grad is not None:
         b_before = after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, False)
-        b_mask_slope = rules.score_grad(b_before, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        b_mask_slope = tl.zeros_like(b_s) + rules.score_grad(b_before, batch, head, i_in, j_in, rules.buffers)  # a number, perhaps
+        b_mask_slope = b_mask_slope.to(b_s.dtype)
         if rules.bias is not None:
             b_mask_slope = tl.where(b_before == float("-inf"), 0.0, b_mask_slope)
         b_slope *= b_mask_slope
@@ -167,11 +169,19 @@ def after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, SCORE_MOD: tl.constexpr
         p_bias = rules.bias + mask_offsets(batch, head, i, j, rules)
         b_s += tl.load(p_bias, mask=(i < Nq) & (j < Nk), other=0.0).to(b_s.dtype)
     if SCORE_MOD and rules.score_mod is not None:
-        b_changed = rules.score_mod(b_s, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        b_changed = tl.zeros_like(b_s) + rules.score_mod(b_s, batch, head, i_in, j_in, rules.buffers)
+        b_changed = b_changed.to(b_s.dtype)
         if rules.bias is not None:
             b_changed = tl.where(b_s == float("-inf"), b_s, b_changed)  # what a float mask hides stays hidden
         b_s = b_changed
     return b_s
+
+
+@triton.jit
+def inside(i, j, Nq, Nk):
+    """Places that a user's function may load for: the last ones in place of those that lie past the end."""
+    return tl.minimum(i, Nq - 1), tl.minimum(j, Nk - 1)
 
 
 @triton.jit
@@ -206,7 +216,8 @@ def visible(batch, head, i, j, Nq, Nk, rules):
         p_keep = rules.keep + mask_offsets(batch, head, i, j, rules)
         keep = keep & (tl.load(p_keep, mask=(i < Nq) & (j < Nk), other=0) != 0)
     if rules.mask_mod is not None:
-        keep = keep & (i < Nq) & (rules.mask_mod(batch, head, i, j, rules.buffers) != 0)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        keep = keep & (i < Nq) & (rules.mask_mod(batch, head, i_in, j_in, rules.buffers) != 0)
     return keep
 
 
