@@ -59,6 +59,8 @@ class Pattern:
                 _check_function(name, function)
         if score_grad is not None and score_mod is None:
             raise ValueError("score_grad is the derivative of score_mod, and score_mod is None")
+        if isinstance(buffers, Tensor):
+            raise TypeError("buffers must be a tuple of tensors, got a Tensor: a single one is (x,)")
         for x in buffers:
             if not isinstance(x, Tensor):
                 raise TypeError(f"buffers must be tensors, got {type(x).__name__}")
