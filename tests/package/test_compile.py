@@ -187,7 +187,9 @@ def test_each_option_with_inductor(option, dynamic):
     if option in ("dropout", "many at once"):
         return  # inductor draws other numbers than eager
     plain = layer(*inputs)
-    assert_same((got, *grads), (plain, *torch.autograd.grad(plain.sum(), [*inputs, *more])))
+    for x, y in zip((got, *grads), (plain, *torch.autograd.grad(plain.sum(), [*inputs, *more])), strict=True):
+        x, y = x.double(), y.double()
+        assert (x - y).norm() <= 0.01 * y.norm()  # inductor rounds once where eager fp16 rounds at each step
 
 
 def test_packing_around_a_compiled_model():
