@@ -137,9 +137,10 @@ def check_mask(mask: object, q: Tensor, k: Tensor) -> None:
         return
     _check_extra("attn_mask", mask, q)
     require(
-        mask.dtype == torch.bool or mask.is_floating_point(),
+        mask.dtype in (torch.bool, *DTYPES),
         TypeError,
-        lambda: f"attn_mask must be bool (True = attend) or floating point (added to the scores), got {mask.dtype}",
+        lambda: "attn_mask must be bool (True = attend), or float16, bfloat16, float32 or float64 (added to the scores), "
+        f"got {mask.dtype}",
     )
     full = (*q.shape[:3], k.shape[2])
     fits = mask.ndim <= 4 and all(have in (1, want) for have, want in zip(mask.shape[::-1], full[::-1]))
@@ -171,9 +172,7 @@ def check_slopes(slopes: object, batch: int, heads: int, q: Tensor) -> None:
     if slopes is None:
         return
     _check_extra("alibi_slopes", slopes, q)
-    require(
-        slopes.is_floating_point(), TypeError, lambda: f"alibi_slopes must be floating point, got {slopes.dtype}"
-    )
+    _check_float("alibi_slopes", slopes)
     require(
         slopes.shape in ((heads,), (batch, heads)),
         ValueError,
@@ -190,7 +189,7 @@ def check_sinks(sinks: object, q: Tensor) -> None:
     if sinks is None:
         return
     _check_extra("sinks", sinks, q)
-    require(sinks.is_floating_point(), TypeError, lambda: f"sinks must be floating point, got {sinks.dtype}")
+    _check_float("sinks", sinks)
     require(
         sinks.shape == (q.shape[1],), ValueError, lambda: f"sinks must be (heads,) = ({q.shape[1]},), got {tuple(sinks.shape)}"
     )
@@ -206,6 +205,12 @@ def check_pattern(pattern: object, q: Tensor) -> None:
         require(
             x.device == q.device, ValueError, lambda: f"pattern: its buffers must be on the device of q, got {x.device} and {q.device}"
         )
+        require(
+            not (x.requires_grad and torch.is_grad_enabled()),
+            NotImplementedError,
+            lambda: "pattern: its buffers get no gradient, got one that requires it: detach it, or pass what is added to the "
+            "scores as attn_mask",
+        )
 
 
 def check_cu_seqlens(cu_q: object, cu_k: object, q: Tensor) -> None:
@@ -215,7 +220,7 @@ def check_cu_seqlens(cu_q: object, cu_k: object, q: Tensor) -> None:
         require(
             cu.ndim == 1 and cu.shape[0] >= 1 and cu.is_contiguous(),
             ValueError,
-            lambda: f"{name} must be contiguous, of shape (sequences + 1,), got {tuple(cu.shape)}",
+            lambda: f"{name} must be contiguous, of shape (sequences + 1,), got {tuple(cu.shape)} with strides {cu.stride()}",
         )
     require(
         cu_k.shape == cu_q.shape,
@@ -231,6 +236,10 @@ def check_length(name: str, n: object) -> None:
         lambda: f"{name} must be a Python int (a tensor would have to wait for the GPU), got {type(n).__name__}",
     )
     require(n >= 0, ValueError, lambda: f"{name} must be at least 0, got {n!r}")
+
+
+def _check_float(name: str, x: Tensor) -> None:
+    require(x.dtype in DTYPES, TypeError, lambda: f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _check_extra(name: str, x: object, q: Tensor) -> None:

@@ -69,10 +69,15 @@ def flash_attention(
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and value.
-        NotImplementedError: no backend, or not the named one, can serve the request; also for a gradient of a gradient.
+        NotImplementedError: no backend, or not the named one, can serve the request; also for a gradient of a gradient, and
+            for forward-mode derivatives.
 
-    Under autocast, q, k and v are cast to the autocast dtype, as SDPA does. fp32 inputs are multiplied to fp32 accuracy
-    (on a GPU as three TF32 products each), unless PyTorch's own fp32 products are allowed to be TF32.
+    Works under torch.compile(fullgraph=True), torch.export, autocast, activation checkpointing, CUDA graphs, DDP, and the
+    transforms grad, vjp, jacrev and vmap of torch.func. (vmap makes one larger batch; not of a pattern, and of dropout only
+    with randomness="different".)
+
+    Under autocast, q, k and v are cast to the autocast dtype, as SDPA does; masks, slopes and sinks keep theirs. fp32 inputs are
+    multiplied to fp32 accuracy (on a GPU as three TF32 products each), unless PyTorch's own fp32 products are allowed to be TF32.
     """
     return flash_attention_with_lse(
         q, k, v, causal=causal, scale=scale, window=window, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
@@ -179,9 +184,10 @@ def flash_attention_varlen_with_lse(
     arguments.check_length("max_seqlen_q", max_seqlen_q)
     arguments.check_length("max_seqlen_k", max_seqlen_k)
     arguments.check_slopes(alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1], q)
-    rules = _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k
-    )
+    rules = _rules(
+        q, causal, scale, window, softcap, sinks, dropout_p,
+        slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k,
+    )  # fmt: skip
     out, lse = _attend(q, k, v, rules, backend)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
@@ -195,14 +201,14 @@ def dense_rules(
     arguments.check_padding(key_padding_mask, q, k)
     arguments.check_slopes(alibi_slopes, q.shape[0], q.shape[1], q)
     arguments.check_pattern(pattern, q)
-    return _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        mask=four_dims(attn_mask), padding=key_padding_mask, slopes=two_dims(alibi_slopes),
-        pattern=pattern and pattern.name, buffers=list(pattern.buffers) if pattern else [],
+    return _rules(
+        q, causal, scale, window, softcap, sinks, dropout_p, mask=four_dims(attn_mask), padding=key_padding_mask,
+        slopes=two_dims(alibi_slopes), pattern=pattern and pattern.name, buffers=list(pattern.buffers) if pattern else [],
     )  # fmt: skip
 
 
-def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
-    """The rules that every kind of call has."""
+def _rules(q, causal, scale, window, softcap, sinks, dropout_p, **others) -> Rules:
+    """The rules that every kind of call has, and its others."""
     arguments.check_flag("causal", causal)
     arguments.check_window(window)
     arguments.check_softcap(softcap)
@@ -212,7 +218,7 @@ def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
     return Rules(
         scale=q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale),
         left=left, right=right, softcap=None if softcap is None else float(softcap), sinks=sinks,
-        dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None,
+        dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None, **others,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import Function
+from torch.autograd.function import _SingleLevelFunction
 
 NAMESPACE = "flash_edu"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -55,13 +55,17 @@ class Operator:
             if not recorded and forward_ad._current_level < 0:
                 return _below_autograd(self.overload, keyset, inputs)
             with _inside_torch_func(_one_level):
-                return super(Function, node).apply(*inputs, keyset)  # Function's own apply is for users: it refuses torch.func
+                return node.apply(*inputs, keyset)
 
         _library.impl(self.name, differentiable, "Autograd", with_keyset=True)
 
 
-def _node(overload: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> type[Function]:
-    """The autograd node of an operator. Behind the inputs stands the dispatcher's set of keys."""
+def _node(overload: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> type[_SingleLevelFunction]:
+    """The autograd node of an operator. Behind the inputs stands the dispatcher's set of keys.
+
+    Users' nodes are torch.autograd.Functions, which see all transforms of torch.func at once. This one is for the dispatcher, which
+    comes with one at a time.
+    """
 
     def forward(ctx, *inputs):
         *inputs, keyset = inputs
@@ -79,8 +83,11 @@ def _node(overload: torch._ops.OpOverload, backward: Callable, setup_context: Ca
             "mode (torch.func.grad, vjp, jacrev), or flash_edu.reference.naive_attention, which is differentiable in any way"
         )
 
-    methods = {"forward": forward, "backward": gradients, "jvp": jvp}
-    return type(overload._opname, (Function,), {name: staticmethod(method) for name, method in methods.items()})
+    def key(ctx):  # for compiled autograd, as a Function has it
+        return (ctx._autograd_function_id,)
+
+    methods = {"forward": forward, "backward": gradients, "jvp": jvp, "_compiled_autograd_key": key}
+    return type(overload._opname, (_SingleLevelFunction,), {name: staticmethod(method) for name, method in methods.items()})
 
 
 def _below_autograd(overload: torch._ops.OpOverload, keyset, inputs: tuple):
@@ -95,7 +102,7 @@ def _inside_torch_func(context: Callable) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def _one_level():
-    """Each transform of torch.func comes to the operator by itself, the innermost first: a node is for one of them."""
+    """Each transform of torch.func comes to the operator by itself, the innermost first."""
     from torch._functorch.utils import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flash_edu import flops, reference, rules, vmap
+from flash_edu import flops, patterns, reference, rules, vmap
 from flash_edu.layout import empty_like_rows, empty_outputs, in_rows
 from flash_edu.operators import operator
 from flash_edu.rules import Rules
@@ -42,7 +42,7 @@ def attention_forward(q, k, v, backend, *asked):
         out.zero_()
         return out, lse.fill_(float("-inf")) if asked.sinks is None else lse.copy_(asked.sinks[:, None].expand_as(lse))
     forward, _, _ = _implementation(backend)
-    with torch.autocast(q.device.type, enabled=False):  # the accumulators stay wide
+    with torch.autocast(q.device.type, enabled=False), patterns.explained(asked.pattern):  # the accumulators stay wide
         return forward(in_rows(q), in_rows(k), in_rows(v), asked)
 
 
@@ -66,7 +66,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, bac
         dmask = asked.mask.new_zeros(asked.mask.shape) if mask_grad else q.new_empty(0)
         return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     _, backward, mask_gradient = _implementation(backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), patterns.explained(asked.pattern):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
         lse = lse.contiguous()  # it is, unless vmap or a user had it
         dmask = mask_gradient(dout, delta, q, k, v, lse, asked) if mask_grad else q.new_empty(0)

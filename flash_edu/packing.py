@@ -27,6 +27,8 @@ def pack(x: Tensor, real: Tensor) -> Packed:
     for name, y in (("x", x), ("real", real)):
         if not isinstance(y, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(y).__name__}")
+    if real.device != x.device:
+        raise ValueError(f"real must be on the device of x, got {real.device} and {x.device}")
     if real.dtype != torch.bool:
         raise TypeError(f"real must be bool (True = a real token), got {real.dtype}")
     if real.ndim != 2 or x.shape[:2] != real.shape:
@@ -39,8 +41,14 @@ def pack(x: Tensor, real: Tensor) -> Packed:
 
 def unpack(values: Tensor, packed: Packed) -> Tensor:
     """Results (total, ...) back in the places that their tokens had: (B, N, ...), 0 where there was padding."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values must be a torch.Tensor, got {type(values).__name__}")
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be what `pack` gave, got {type(packed).__name__}")
+    if values.device != packed.places.device:
+        raise ValueError(f"values must be on the device of the packed tokens, got {values.device} and {packed.places.device}")
     total = packed.places.shape[0]
-    if values.shape[0] != total:
+    if values.shape[:1] != (total,):
         raise ValueError(f"values must have a row for each of the {total} packed tokens, got {tuple(values.shape)}")
     batch = packed.cu_seqlens.shape[0] - 1
     room = values.new_zeros(batch * packed.max_seqlen, *values.shape[1:])

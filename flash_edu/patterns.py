@@ -10,9 +10,13 @@
 The kernels compile the functions into their loops (as FlexAttention does: Dong et al. 2024, arXiv:2412.05496). The same functions
 also run on tensors, for the PyTorch backend and for the plan that says which tiles hold anything at all.
 """
+import contextlib
+import inspect
 import itertools
+import linecache
+import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +31,11 @@ class Pattern:
 
     Args:
         mask_mod: a `@triton.jit` function (batch, head, i, j, buffers) -> bool, True = attend. batch and head are numbers,
-            i and j whole-number blocks that broadcast against each other: the query's and the key's place, from 0, not
-            aligned. Use operators, `tl.where`, `tl.abs`, `tl.minimum`, `tl.maximum`, `tl.exp`, `tl.log`, `tl.sqrt`, and
-            `tl.load(buffers[0] + offset)`.
-        score_mod: likewise (score, batch, head, i, j, buffers) -> score, after scale, softcap, ALiBi and a float mask.
+            i and j blocks of whole numbers (int32) that broadcast against each other: the query's and the key's place, from 0,
+            not aligned. Use operators, `tl.where`, `tl.abs`, `tl.minimum`, `tl.maximum`, `tl.exp`, `tl.log`, `tl.sqrt`, and
+            `tl.load(buffers[0] + offset)`; // and % round towards zero, as in Triton. Jitted helpers may be called.
+        score_mod: likewise (score, batch, head, i, j, buffers) -> score, after scale, softcap, ALiBi and a float mask. What
+            a float mask hides, by -inf, stays hidden.
         score_grad: likewise (score, batch, head, i, j, buffers) -> the derivative of score_mod by its score. The Triton
             backend asks for it when gradients are needed.
         buffers: contiguous tensors that the functions read, on the device of q. They get no gradient.
@@ -50,13 +55,17 @@ class Pattern:
         if mask_mod is None and score_mod is None:
             raise ValueError("mask_mod and score_mod: give at least one of them, got None for both")
         for name, function in (("mask_mod", mask_mod), ("score_mod", score_mod), ("score_grad", score_grad)):
-            if function is not None and not hasattr(function, "fn"):
-                raise TypeError(f"{name} must be a @triton.jit function, got {type(function).__name__}")
+            if function is not None:
+                _check_function(name, function)
         if score_grad is not None and score_mod is None:
             raise ValueError("score_grad is the derivative of score_mod, and score_mod is None")
+        if isinstance(buffers, Tensor):
+            raise TypeError("buffers must be a tuple of tensors, got a Tensor: a single one is (x,)")
         for x in buffers:
             if not isinstance(x, Tensor):
                 raise TypeError(f"buffers must be tensors, got {type(x).__name__}")
+            if x.layout != torch.strided:
+                raise TypeError(f"buffers must be dense tensors, got {x.layout}")
             if not x.is_contiguous():
                 raise ValueError(f"buffers must be contiguous, got strides {x.stride()} for shape {tuple(x.shape)}")
         self.mask_mod, self.score_mod, self.score_grad = mask_mod, score_mod, score_grad
@@ -65,29 +74,36 @@ class Pattern:
         self._plans: dict[tuple, tuple[Tensor, Tensor]] = {}
         _patterns[self.name] = self
 
+    def functions(self) -> list[tuple[str, Callable]]:
+        """Those there are, with their names."""
+        return [(name, getattr(self, name)) for name in ("mask_mod", "score_mod", "score_grad") if getattr(self, name) is not None]
+
     def visible(self, batch, head, i, j) -> Tensor:
         """mask_mod on tensors of places, which broadcast."""
-        return on_tensors(self.mask_mod)(batch, head, i, j, self._pointers())
+        return self._call(self.mask_mod, batch, head, i, j) != 0
 
     def changed(self, s: Tensor, batch, head, i, j) -> Tensor:
         """score_mod on tensors; differentiable."""
-        return on_tensors(self.score_mod)(s, batch, head, i, j, self._pointers())
+        return self._call(self.score_mod, batch, head, i, j, s).to(s.dtype).expand_as(s)
 
     def slope(self, s: Tensor, batch, head, i, j) -> Tensor:
         """The derivative of score_mod: score_grad if there is one, otherwise autograd's."""
         if self.score_grad is not None:
-            return torch.as_tensor(on_tensors(self.score_grad)(s, batch, head, i, j, self._pointers()), dtype=s.dtype).expand_as(s)
+            return self._call(self.score_grad, batch, head, i, j, s).to(s.dtype).expand_as(s)
         _, gradient = torch.func.vjp(lambda s: self.changed(s, batch, head, i, j), s)  # inside an operator, autograd is off
         return gradient(torch.ones_like(s))[0]
 
-    def _pointers(self) -> tuple["_Pointer", ...]:
-        return tuple(_Pointer(x.flatten()) for x in self.buffers)
+    def _call(self, function: Callable, batch: Tensor, head: Tensor, i: Tensor, j: Tensor, *scores: Tensor) -> Tensor:
+        """One of the functions, on tensors that broadcast."""
+        numbers = (x.as_subclass(_Numbers) for x in (*scores, batch, head, i, j))
+        result = on_tensors(function)(*numbers, tuple(_Pointer(x.flatten()) for x in self.buffers))
+        return torch.as_tensor(result, device=i.device).as_subclass(Tensor)
 
     def plan(self, batch: int, heads: int, kv_heads: int, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two plans, (B or 1, heads or 1, tiles, 2 + 2 * other tiles) int32: for each tile of queries the tiles of keys, and for
         each tile of keys, and key head, the tiles of queries. A row holds the number of tiles without a hidden pair, that
         of the others that show something, then both lists, each as long as there are tiles."""
-        state = tuple((x.data_ptr(), x._version) for x in self.buffers)
+        state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version) for x in self.buffers)
         key = (batch, heads, kv_heads, nq, nk, device)
         if self._plans.get(key, (None,))[0] != state:
             shown, filled = self._tiles(batch, heads, nq, nk, device)
@@ -107,7 +123,7 @@ class Pattern:
         rows = []
         for start in range(0, nq, PLAN_BLOCK):
             i = torch.arange(start, min(start + PLAN_BLOCK, nq), device=device)[None, None, :, None]
-            seen = torch.as_tensor(self.visible(b, h, i, j), device=device)
+            seen = self.visible(b, h, i, j)
             seen = seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, i.shape[2], nk)))
             any_row, all_rows = seen.any(2), seen.all(2)  # (B or 1, Hq or 1, Nk)
             missing = -nk % PLAN_BLOCK
@@ -116,6 +132,16 @@ class Pattern:
         shown = torch.stack([row[0].any(-1) for row in rows], 2)
         filled = torch.stack([row[1].all(-1) for row in rows], 2)
         return shown, filled
+
+
+def _check_function(name: str, function: object) -> None:
+    """Raise unless it is what a kernel can call."""
+    if not hasattr(function, "fn"):
+        raise TypeError(f"{name} must be a @triton.jit function, got {type(function).__name__}")
+    wants = ["batch", "head", "i", "j", "buffers"] if name == "mask_mod" else ["score", "batch", "head", "i", "j", "buffers"]
+    takes = list(inspect.signature(function.fn).parameters)
+    if len(takes) != len(wants):
+        raise ValueError(f"{name} must take ({', '.join(wants)}), got a function of ({', '.join(takes)})")
 
 
 def get(name: str | None) -> Pattern | None:
@@ -129,17 +155,84 @@ def _lists(shown: Tensor, filled: Tensor) -> Tensor:
     return torch.cat((*counts, *order), dim=-1).contiguous()
 
 
+# --- what is wrong with a function ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explained(name: str | None) -> Iterator[None]:
+    """An error from within a function of a pattern, which kernels compile far from where it was written, says where it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        chain = list(_causes(error))
+        places = [place for e in chain for place in (_in_kernel(get(name), e), _in_python(get(name), e)) if place] if name else []
+        if not places:
+            raise
+        (what, where), cause = places[-1], chain[-1]  # the innermost
+        kind = NotImplementedError if isinstance(cause, NotImplementedError) else ValueError
+        reason = getattr(cause, "error_message", None) or f"{type(cause).__name__}: {cause}"
+        raise kind(f"pattern: {what} does not compile: {where}: {reason}") from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _in_kernel(pattern: Pattern, error: BaseException) -> tuple[str, str] | None:
+    """(which function, which line of it) Triton's compiler complains of."""
+    for what, function in pattern.functions():
+        line = getattr(getattr(error, "node", None), "lineno", None)
+        if line is not None and getattr(error, "src", None) == getattr(function, "src", 0):
+            text = function.src.split("\n")[line - 1].strip()
+            return f"{what} {function.fn.__name__}", f"line {line} of it, `{text}`"
+    return None
+
+
+def _in_python(pattern: Pattern, error: BaseException) -> tuple[str, str] | None:
+    """Likewise of a function that ran, on tensors or in the interpreter."""
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        for what, function in pattern.functions():
+            code = function.fn.__code__
+            if (frame.f_code.co_name, frame.f_code.co_filename) == (code.co_name, code.co_filename):
+                text = linecache.getline(code.co_filename, line).strip()
+                found = f"{what} {code.co_name}", f"line {line} of {code.co_filename}, `{text}`"
+    return found
+
+
 # --- a Triton function on tensors -------------------------------------------------------------------------
 
 
 def on_tensors(function: Callable) -> Callable:
-    """The Python function behind a `@triton.jit` function, with `tl` meaning PyTorch."""
+    """The Python function behind a `@triton.jit` function, with `tl` meaning PyTorch, and helpers likewise."""
     python = function.fn
-    names = {name: _Language() if getattr(x, "__name__", "") == "triton.language" else x for name, x in python.__globals__.items()}
-    for name in set(python.__code__.co_names) & set(names):
-        if hasattr(names[name], "fn"):  # a helper, jitted too
-            names[name] = on_tensors(names[name])
-    return types.FunctionType(python.__code__, names, python.__name__, python.__defaults__, python.__closure__)
+    named = python.__code__.co_names
+    names = {name: _in_pytorch(x) if name in named else x for name, x in python.__globals__.items()}
+    cells = tuple(types.CellType(_in_pytorch(cell.cell_contents)) for cell in python.__closure__ or ())
+    return types.FunctionType(python.__code__, names, python.__name__, python.__defaults__, cells)
+
+
+def _in_pytorch(x):
+    """What a name that a Triton function uses stands for on tensors."""
+    if getattr(x, "__name__", "") == "triton.language":
+        return _Language()
+    if hasattr(x, "fn"):  # a helper, jitted too
+        return on_tensors(x)
+    return x.value if type(x).__name__ == "constexpr" else x
+
+
+class _Numbers(Tensor):
+    """Numbers that divide as Triton's do: whole ones towards zero, where PyTorch's go down."""
+
+    def __floordiv__(self, other):
+        return torch.div(self, other, rounding_mode="trunc")
+
+    def __mod__(self, other):
+        return torch.fmod(self, other)
 
 
 class _Pointer:
@@ -173,14 +266,20 @@ class _Language:
 
     @staticmethod
     def minimum(x, y):
-        return torch.minimum(*torch.broadcast_tensors(*map(torch.as_tensor, (x, y))))
+        return torch.minimum(*_both(x, y))
 
     @staticmethod
     def maximum(x, y):
-        return torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (x, y))))
+        return torch.maximum(*_both(x, y))
 
     def __getattr__(self, name: str):
         raise NotImplementedError(
             f"a pattern's function uses tl.{name}, which the PyTorch backend and the plan do not know; they know "
             "operators, load, where, abs, minimum, maximum, exp, exp2, log, log2, sqrt, sin and cos"
         )
+
+
+def _both(x, y) -> list[Tensor]:
+    """Two numbers, at least one of them a tensor, as tensors of one shape."""
+    device = next(z.device for z in (x, y) if isinstance(z, Tensor))
+    return torch.broadcast_tensors(*(torch.as_tensor(z, device=device) for z in (x, y)))

@@ -28,12 +28,14 @@ from flash_edu.kernels.scores import (
     kernel_rules,
     key_at,
     keys_walk,
+    load_keys,
     load_lse,
     queries_walk,
     query_at,
     sequence,
     units,
     visible,
+    weights,
     zero_unseen,
 )
 from flash_edu.kernels.tiles import choose_tile
@@ -91,8 +93,8 @@ def dk_dv_kernel(
             return
     p_k = k_ptr + batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
     p_v = v_ptr + batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
-    b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, True)
-    b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, True)
+    b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, True)
+    b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=WIDE)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=WIDE)
     j = start_n + tl.arange(0, BLOCK_N)[:, None]
@@ -116,7 +118,7 @@ def dk_dv_kernel(
         b_st = dot_rows(b_k, b_q, SPLIT, PRECISION)  # (BLOCK_N, BLOCK_M)
         if rules.CHANGES_SCORES:
             b_st, b_slope, _ = changed_scores_and_slopes(b_st * scale, batch, head, i, j, Nq, Nk, rules)
-        b_pt = tl.exp2(b_st * to_log2 - b_lse[None, :])
+        b_pt = weights(b_st, b_lse[None, :], to_log2, rules)
         if rules.HIDES_ANY:
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_pt = tl.where(b_keep, b_pt, 0.0)
@@ -161,15 +163,15 @@ def accumulate_dq(
     for position in range(lo, hi, BLOCK_N):
         start_n = key_at(position, tiles, hole_start, hole, rules, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, MASKED)
+        b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, MASKED)
         b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)  # (BLOCK_M, BLOCK_N)
         if rules.CHANGES_SCORES:
             b_s, b_slope, _ = changed_scores_and_slopes(b_s * scale, batch, head, i, j, Nq, Nk, rules)
-        b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+        b_p = weights(b_s, b_lse[:, None], to_log2, rules)
         if MASKED:
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_p = tl.where(b_keep, b_p, 0.0)
-        b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, MASKED)
+        b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, MASKED)
         b_dp = dot_rows(b_do, b_v, SPLIT, PRECISION)
         if rules.seed is not None:
             b_kept = dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK_M, BLOCK_N)

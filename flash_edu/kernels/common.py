@@ -35,15 +35,18 @@ def tile_mask(start, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS:
 @triton.jit
 def load_tile(
     ptr, start, stride_row, num_rows,
-    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr, first_row=None,
 ):  # fmt: skip
-    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix.
+    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix, which begins at first_row if that is given.
 
     CHECK_ROWS = False promises that all rows exist. Columns need checking when the head dim is not a power of two.
     """
     p_tile = tile_pointers(ptr, start, stride_row, ROWS, COLS)
     if CHECK_ROWS:
-        b_tile = tl.load(p_tile, mask=tile_mask(start, num_rows, NUM_COLS, ROWS, COLS), other=0.0)
+        mask = tile_mask(start, num_rows, NUM_COLS, ROWS, COLS)
+        if first_row is not None:
+            mask = mask & (start + tl.arange(0, ROWS) >= first_row)[:, None]
+        b_tile = tl.load(p_tile, mask=mask, other=0.0)
     elif NUM_COLS != COLS:
         b_tile = tl.load(p_tile, mask=(tl.arange(0, COLS) < NUM_COLS)[None, :], other=0.0)
     else:
@@ -78,3 +81,14 @@ def dot_rows(b_a, b_b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         b_dots = tl.sum(b_parts, 0)
     return b_dots
 
+
+
+@triton.jit
+def tanh(x):
+    """To the last places, as softcap multiplies the error: near 0, where 1 - t cancels, by its series."""
+    t = tl.exp2(tl.abs(x) * -2 * LOG2E)
+    far = (1 - t) / (1 + t)
+    y = x * x
+    near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
+    limit = 0.01 if x.dtype == tl.float64 else 0.25  # the series' next term is below the rounding
+    return tl.where(tl.abs(x) < limit, x * near, tl.where(x < 0, -far, far))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_edu.kernels.common import LOG2E, dot_rows
+from flash_edu.kernels.common import LOG2E, dot_rows, tanh
 from flash_edu.kernels.launch import device_of, dot_precision, head_blocks, row_strides
 from flash_edu.kernels.tiles import DecodeTile, choose_decode_tile
 from flash_edu.layout import empty_output
@@ -99,16 +99,6 @@ def load_rows(p_cache, o_row, there, NUM_COLS: tl.constexpr, COLS: tl.constexpr,
 
 
 # --- attention to a tile ----------------------------------------------------------------------------------
-
-
-@triton.jit
-def tanh(x):
-    """To fp32's last places, as softcap multiplies the error: near 0, where 1 - t cancels, by its series."""
-    t = tl.exp2(tl.abs(x) * -2 * LOG2E)
-    far = (1 - t) / (1 + t)
-    y = x * x
-    near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
-    return tl.where(tl.abs(x) < 0.25, x * near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

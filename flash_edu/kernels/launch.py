@@ -2,7 +2,6 @@
 import contextlib
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

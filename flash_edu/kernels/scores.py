@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_edu import patterns
-from flash_edu.kernels.common import LOG2E
+from flash_edu.kernels.common import LOG2E, load_tile, tanh
 from flash_edu.philox import ROUNDS, dropout_threshold
 from flash_edu.rules import Rules
 
@@ -132,11 +132,6 @@ def _real_range(padding: Tensor) -> Tensor:
 
 
 @triton.jit
-def tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
-
-
-@triton.jit
 def changed_scores(b_s, batch, head, i, j, Nq, Nk, rules):
     """Scaled scores -> scores, in natural units."""
     if rules.softcap is not None:
@@ -155,7 +150,11 @@ def changed_scores_and_slopes(b_s, batch, head, i, j, Nq, Nk, rules):
         b_slope = 1 - b_tanh * b_tanh
     if rules.score_grad is not None:
         b_before = after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, False)
-        b_mask_slope = rules.score_grad(b_before, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        b_mask_slope = tl.zeros_like(b_s) + rules.score_grad(b_before, batch, head, i_in, j_in, rules.buffers)  # a number, perhaps
+        b_mask_slope = b_mask_slope.to(b_s.dtype)
+        if rules.bias is not None:
+            b_mask_slope = tl.where(b_before == float("-inf"), 0.0, b_mask_slope)
         b_slope *= b_mask_slope
     return after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, True), b_slope, b_mask_slope
 
@@ -170,8 +169,28 @@ def after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, SCORE_MOD: tl.constexpr
         p_bias = rules.bias + mask_offsets(batch, head, i, j, rules)
         b_s += tl.load(p_bias, mask=(i < Nq) & (j < Nk), other=0.0).to(b_s.dtype)
     if SCORE_MOD and rules.score_mod is not None:
-        b_s = rules.score_mod(b_s, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        b_changed = tl.zeros_like(b_s) + rules.score_mod(b_s, batch, head, i_in, j_in, rules.buffers)
+        b_changed = b_changed.to(b_s.dtype)
+        if rules.bias is not None:
+            b_changed = tl.where(b_s == float("-inf"), b_s, b_changed)  # what a float mask hides stays hidden
+        b_s = b_changed
     return b_s
+
+
+@triton.jit
+def inside(i, j, Nq, Nk):
+    """Places that a user's function may load for: the last ones in place of those that lie past the end."""
+    return tl.minimum(i, Nq - 1), tl.minimum(j, Nk - 1)
+
+
+@triton.jit
+def weights(b_s, b_anchor, to_log2, rules):
+    """exp2(to_log2 * score - anchor), and never more than 1: a mask of -1e9 loses the difference to rounding."""
+    b_exponent = b_s * to_log2 - b_anchor
+    if rules.bias is not None or rules.score_mod is not None:
+        b_exponent = tl.where(b_exponent > 0.0, 0.0, b_exponent)  # not tl.minimum, which may hide a NaN
+    return tl.exp2(b_exponent)
 
 
 @triton.jit
@@ -197,7 +216,8 @@ def visible(batch, head, i, j, Nq, Nk, rules):
         p_keep = rules.keep + mask_offsets(batch, head, i, j, rules)
         keep = keep & (tl.load(p_keep, mask=(i < Nq) & (j < Nk), other=0) != 0)
     if rules.mask_mod is not None:
-        keep = keep & (i < Nq) & rules.mask_mod(batch, head, i, j, rules.buffers)
+        i_in, j_in = inside(i, j, Nq, Nk)
+        keep = keep & (i < Nq) & (rules.mask_mod(batch, head, i_in, j_in, rules.buffers) != 0)
     return keep
 
 
@@ -206,6 +226,19 @@ def load_lse(p_lse, i, Nq):
     """The log-sum-exp of the queries i in base 2; +inf, which makes every weight 0, where a query sees nothing or is none."""
     b_lse = tl.load(p_lse + i, mask=i < Nq, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def load_keys(
+    ptr, start, stride_row, Nq, Nk, rules,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of K or V. Those further back than the first query's window, which nobody sees, are not loaded."""
+    if rules.left is not None:
+        b_rows = load_tile(ptr, start, stride_row, Nk, NUM_COLS, ROWS, COLS, CHECK_ROWS, Nk - Nq - rules.left)
+    else:
+        b_rows = load_tile(ptr, start, stride_row, Nk, NUM_COLS, ROWS, COLS, CHECK_ROWS)
+    return b_rows
 
 
 @triton.jit
@@ -268,6 +301,7 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
         full_lo = tl.maximum(0, start_m + BLOCK_M - 1 + Nk - Nq - rules.left)
         first = tl.maximum(first, start_m + Nk - Nq - rules.left)
     if rules.real is not None or rules.left is not None:
+        end = tl.where(first < end, end, 0)
         first = first // BLOCK_N * BLOCK_N
     if rules.HIDES_KEYS:
         full_lo = first
@@ -283,7 +317,8 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 def key_at(position, tiles, hole_start, hole, rules, BLOCK_N: tl.constexpr):
     """The first key of the tile at a position of a walk."""
     if rules.plan is not None:
-        start_n = tl.load(tiles + position // PLAN_BLOCK) * PLAN_BLOCK + position % PLAN_BLOCK
+        number = position // PLAN_BLOCK
+        start_n = tl.load(tiles + number) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     elif rules.left is not None:
         start_n = tl.where(position >= hole_start, position + hole, position)
     else:
@@ -310,13 +345,17 @@ def queries_seeing(start_n, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N
     """start .. end, and start is a multiple of BLOCK_M."""
     start = 0
     end = Nq
-    if rules.right is not None:
-        start = tl.maximum(0, start_n - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
-    if rules.left is not None:
-        end = tl.minimum(Nq, tl.maximum(0, start_n + BLOCK_N - (Nk - Nq) + rules.left))
+    first_key = start_n
+    end_key = start_n + BLOCK_N
     if rules.real is not None:
-        past = (start_n >= tl.load(rules.real + 2 * batch + 1)) | (start_n + BLOCK_N <= tl.load(rules.real + 2 * batch))
-        end = tl.where(past, 0, end)
+        first_key = tl.maximum(first_key, tl.load(rules.real + 2 * batch))
+        end_key = tl.minimum(end_key, tl.load(rules.real + 2 * batch + 1))
+    if rules.right is not None:
+        start = tl.maximum(0, first_key - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
+    if rules.left is not None:
+        end = tl.minimum(Nq, tl.maximum(0, end_key - (Nk - Nq) + rules.left))
+    if rules.real is not None:
+        end = tl.where(first_key < end_key, end, 0)
     return start, end
 
 
@@ -327,7 +366,7 @@ def query_at(position, tiles, num_full, rules):
         number = position // PLAN_BLOCK
         most = (rules.plan_strides[2] - 2) // 2
         place = tl.where(number < num_full, number, number - num_full + most)
-        start_m = tl.load(tiles + place) * PLAN_BLOCK + position % PLAN_BLOCK
+        start_m = tl.load(tiles + place) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     else:
         start_m = position
     return start_m

@@ -97,6 +97,15 @@ def test_varlen_is_one_graph(backend):
     assert_same(results_and_gradients(compiled, inputs), results_and_gradients(layer, inputs))
 
 
+def test_a_backward_that_is_compiled_by_itself():
+    """Compiled autograd: the forward is eager, and the graph of the backward is traced when it runs."""
+    layer = lambda q, k, v: flash_attention(q.sin(), k, v, causal=True, dropout_p=0.2, backend="torch")  # noqa: E731
+    inputs = tensors("torch")
+    want = results_and_gradients(layer, inputs)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        assert_same(results_and_gradients(layer, inputs), want)
+
+
 def test_dropout_draws_anew_in_each_call_of_a_graph(backend):
     """The seed is drawn in the graph, from torch's generator: as without compiling, and another one in each call."""
     layer = lambda q, k, v: flash_attention(q, k, v, dropout_p=0.4, backend=backend)  # noqa: E731
@@ -178,7 +187,9 @@ def test_each_option_with_inductor(option, dynamic):
     if option in ("dropout", "many at once"):
         return  # inductor draws other numbers than eager
     plain = layer(*inputs)
-    assert_same((got, *grads), (plain, *torch.autograd.grad(plain.sum(), [*inputs, *more])))
+    for x, y in zip((got, *grads), (plain, *torch.autograd.grad(plain.sum(), [*inputs, *more])), strict=True):
+        x, y = x.double(), y.double()
+        assert (x - y).norm() <= 0.01 * y.norm()  # inductor rounds once where eager fp16 rounds at each step
 
 
 def test_packing_around_a_compiled_model():

@@ -1,8 +1,11 @@
 """Importing on machines that lack things: no GPU, no Triton, another system, Triton imported too early."""
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
+
+import pytest
 
 ATTEND = """
 import torch
@@ -51,6 +54,27 @@ def test_without_triton():
 
 def test_importing_does_not_import_triton():
     run("import sys, flash_edu; assert 'triton' not in sys.modules, 'slow import'")
+
+
+def test_importing_the_functions_does_not_import_the_slow_parts_of_pytorch():
+    run("""
+        import sys
+        from flash_edu import FlashAttention, flash_attention, flash_attention_varlen
+        slow = {"triton", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter"} & set(sys.modules)
+        assert not slow, slow
+    """)
+
+
+@pytest.mark.parametrize("first, second", list(itertools.permutations((
+    "from flash_edu import flash_attention", "from torch.utils.flop_counter import FlopCounterMode"
+))))  # fmt: skip
+def test_flops_are_counted_whichever_is_imported_first(first, second):
+    run(f"import torch\n{first}\n{second}" + """
+q = torch.randn(1, 2, 20, 16)
+with FlopCounterMode(display=False) as counter:
+    flash_attention(q, q, q)
+assert counter.get_total_flops() == 2 * 2 * 2 * 20 * 20 * 16
+""")
 
 
 def test_triton_imported_too_early():

@@ -131,6 +131,9 @@ def test_saved_tensors_of_packed_sequences(backend):
 def peak_beyond_results(attend, inputs):
     """Bytes at the peak of forward and backward, beyond inputs, outputs and gradients."""
     dout = torch.randn_like(inputs[0])
+    attend(*inputs[:3]).backward(dout)  # compiles the kernels, and makes a pattern's plan, once for each shape
+    for x in inputs:
+        x.grad = None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -152,11 +155,9 @@ def test_peak_memory_is_linear_in_n(name):
 
     learned = any(x.requires_grad for x in tensors_of(ASKED[name](16)))
     small, large = map(extra, lengths)
-    tiles = (lengths[1] // 128) ** 2 * 2  # a pattern's plan has a few numbers for each tile, of both heads
-    plan = 64 * tiles if name in ("pattern", "everything") else 0
     each_row = 4 + 4 + 32 + learned * 3 * 4 * 64  # lse, D and a few more; D in PyTorch, if a mask or sinks learn
-    assert large <= 8.5 * small + plan + 2**16
-    assert large <= each_row * 2 * lengths[1] + plan + 2**20
+    assert large <= 8.5 * small + 2**16
+    assert large <= each_row * 2 * lengths[1] + 2**20
 
 
 @pytest.mark.gpu

@@ -185,6 +185,13 @@ def test_torch_func_grad(option, backend):
     assert len(want) == 3 + len(learned(asked))
 
 
+def test_buffers_of_a_pattern_have_no_gradient_and_say_so():
+    pattern = Pattern(score_mod=bent, buffers=(torch.ones(3, device=DEVICE, requires_grad=True),))
+    inputs = tensors("torch")
+    with pytest.raises(NotImplementedError, match="pattern: its buffers get no gradient.*attn_mask"):
+        flash_attention(*inputs, pattern=pattern, backend="torch")
+
+
 @triton.jit
 def bent(score, batch, head, i, j, buffers):
     return score - 0.05 * score * score

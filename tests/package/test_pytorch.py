@@ -126,7 +126,7 @@ def test_checkpointing_in_a_compiled_graph(dropout_p, backend):
 def assert_linear_in_v(out, dout, v, dv):
     """<dv, v> = <dout, P v>, with the P that the forward had, dropped weights and all."""
     parts = [(x.double() * y.double()).flatten() for x, y in ((dv, v), (dout, out))]
-    slack = 8 * torch.finfo(dv.dtype).eps * sum(x.norm() for x in parts)
+    slack = 64 * torch.finfo(dv.dtype).eps * sum(x.norm() for x in parts)
     assert (parts[0].sum() - parts[1].sum()).abs() <= slack
 
 
