@@ -66,8 +66,6 @@ def test_masks_in_any_layout(view, make, generator, backend):
 @pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_float_masks_of_other_dtypes(dtype, mask_dtype, lengths, generator, backend):
-    if mask_dtype == torch.bfloat16 and backend == "triton" and not ON_GPU:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     check_form(backend, lengths, dtype=dtype, attn_mask=float_mask((1, H, *lengths), generator, mask_dtype))
 
 
