@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PORT ?= 8888
+EXAMPLES ?= 2000
 CHAPTER_00 := $(firstword $(wildcard notebooks/00_*.ipynb))
 NBVAL := --nbval-lax --nbval-current-env
 
@@ -22,7 +23,7 @@ LAB := --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url='/lab/tree/$(CHAPTE
 	--ServerApp.port=$(PORT) --ServerApp.log_level=ERROR --LabApp.log_level=ERROR \
 	$(if $(CAN_SHOW),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test train check notebooks-gpu test-gpu gpu
+.PHONY: help lab test fuzz train check notebooks-gpu test-gpu gpu
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -39,6 +40,9 @@ lab: $(READY)  ## open the course in JupyterLab, on chapter 00 (PORT=8888, BROWS
 test: $(READY)  ## run every test and every notebook that needs no GPU
 	@CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m 'not gpu' \
 		-n 2 --dist loadfile --no-loadscope-reorder $(NBVAL) --nbval-cell-timeout=180 tests notebooks
+
+fuzz: $(READY)  ## random requests against the formula in float64, on the GPU if there is one (EXAMPLES=2000, SEED=7)
+	@EXAMPLES=$(EXAMPLES) $(RUN) -m pytest -q tests/package/test_fuzz.py $(if $(SEED),--hypothesis-seed=$(SEED))
 
 train: $(READY)  ## train a small GPT whose attention is flash_edu
 	@$(RUN) -m flash_edu.training

@@ -13,13 +13,13 @@ from flash_edu._before_triton import BeforeTriton
 
 if TYPE_CHECKING:
     from flash_edu.attention import (
-        available_backends,
         flash_attention,
         flash_attention_varlen,
         flash_attention_varlen_with_lse,
         flash_attention_with_lse,
         merge_attention,
     )
+    from flash_edu.backends import available_backends
     from flash_edu.kvcache import flash_attention_kvcache
     from flash_edu.modules import FlashAttention, MultiHeadFlashAttention
     from flash_edu.packing import pack, unpack
@@ -31,7 +31,7 @@ _MODULES = {  # where each public name is
     "FlashAttention": "modules",
     "MultiHeadFlashAttention": "modules",
     "Pattern": "patterns",
-    "available_backends": "attention",
+    "available_backends": "backends",
     "flash_attention": "attention",
     "flash_attention_kvcache": "kvcache",
     "flash_attention_varlen": "attention",

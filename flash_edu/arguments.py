@@ -46,26 +46,32 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.layout == torch.strided and not x.is_nested, TypeError, lambda: f"{name} must be a dense tensor, got {x.layout}")
-        require(
-            x.ndim == 4,
-            ValueError,
-            lambda: f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
-        )
-        require(
-            x.dtype in DTYPES,
-            TypeError,
-            lambda: f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
-        )
-        require(x.dtype == q.dtype, TypeError, lambda: f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
-        require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
-        require(
-            1 <= x.shape[3] <= MAX_HEAD_DIM,
-            NotImplementedError if x.shape[3] > MAX_HEAD_DIM else ValueError,
-            lambda: f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
-        )
+        check_tensor(name, x, q, "batch")
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
     return q, k, v
+
+
+def check_tensor(name: str, x: object, q: Tensor, first: str = "batch") -> None:
+    """Raise unless x is a dense tensor (`first`, heads, seq, head_dim) with a dtype we serve, and that and the device of q."""
+    require_tensor(name, x)
+    require(x.layout == torch.strided and not x.is_nested, TypeError, lambda: f"{name} must be a dense tensor, got {x.layout}")
+    require(
+        x.ndim == 4,
+        ValueError,
+        lambda: f"{name} must have 4 dimensions ({first}, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
+    )
+    require(
+        x.dtype in DTYPES,
+        TypeError,
+        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
+    )
+    require(x.dtype == q.dtype, TypeError, lambda: f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
+    require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
+    require(
+        1 <= x.shape[3] <= MAX_HEAD_DIM,
+        NotImplementedError if x.shape[3] > MAX_HEAD_DIM else ValueError,
+        lambda: f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
+    )
 
 
 def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:

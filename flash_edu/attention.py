@@ -2,14 +2,12 @@
 import torch
 from torch import Tensor
 
-from flash_edu import arguments, ops, patterns
-from flash_edu._environment import interpreting, why_no_triton
+from flash_edu import arguments, ops
 from flash_edu.arguments import require, require_tensor
+from flash_edu.backends import pick_backend
 from flash_edu.patterns import Pattern
 from flash_edu.philox import draw_seed
 from flash_edu.rules import Rules, four_dims, limits, two_dims
-
-BACKENDS = ("auto", "triton", "hopper", "torch")
 
 
 def flash_attention(
@@ -223,7 +221,7 @@ def _rules(q, causal, scale, window, softcap, sinks, dropout_p, **others) -> Rul
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, backend: str) -> tuple[Tensor, Tensor]:
-    backend = _pick_backend(backend, q, rules)
+    backend = pick_backend(backend, q, rules.pattern)
     return ops.attention_forward(q, k, v, backend, *ops.arguments(rules))
 
 
@@ -260,40 +258,3 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     out = (out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]).to(out_a.dtype)
     lse = (peak + total.log()).masked_fill(empty, float("-inf")).to(lse_a.dtype)
     return out, lse
-
-
-def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """For each backend: None if it can run on `device` (default: the GPU if there is one), else the reason it cannot."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return {
-        "triton": why_no_triton(device),
-        "hopper": "the Hopper kernels are not part of this version",
-        "torch": None,
-    }
-
-
-def _pick_backend(backend: object, q: Tensor, rules: Rules) -> str:
-    require(isinstance(backend, str), TypeError, lambda: f"backend must be a string, got {type(backend).__name__}")
-    require(backend in BACKENDS, ValueError, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "auto":
-        # On a CPU Triton only interprets, which is for learning; before sm_80 the tiles do not fit.
-        fast = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        return "triton" if fast and _why_not("triton", q, rules) is None else "torch"
-    reason = _why_not(backend, q, rules)
-    require(reason is None, NotImplementedError, lambda: f"backend={backend!r} cannot serve this: {reason}; backend='torch' can")
-    return backend
-
-
-def _why_not(backend: str, q: Tensor, rules: Rules) -> str | None:
-    """None if `backend` can serve this request, else the reason."""
-    reason = available_backends(q.device)[backend]
-    if backend != "triton" or reason is not None:
-        return reason
-    if q.dtype == torch.bfloat16 and interpreting():
-        return "Triton's interpreter computes bfloat16 wrongly (use float16 or float32)"
-    if q.dtype == torch.float64 and not interpreting():
-        return "the kernels accumulate in float32 on a GPU, which would waste float64 inputs"
-    pattern = patterns.get(rules.pattern)
-    if pattern is not None and pattern.score_mod is not None and pattern.score_grad is None and torch.is_grad_enabled():
-        return "a pattern with a score_mod needs its score_grad too where gradients may be asked for (or torch.no_grad())"
-    return None

@@ -1,13 +1,13 @@
 """Decoding: attention of a few new queries to a cache of keys and values that grows in place, in pages or not."""
-import math
-
 import torch
 from torch import Tensor
 
-from flash_edu import kvcache_ops
-from flash_edu.attention import DTYPES, MAX_HEAD_DIM, _check_scale, _pick_backend, _require, _require_tensor
+from flash_edu import arguments, kvcache_ops
+from flash_edu.arguments import DTYPES, check_tensor, require, require_tensor
+from flash_edu.backends import pick_backend
+from flash_edu.rules import limits
 
-NO_LIMIT = 2**30  # positions are 32-bit numbers in the kernel, and so are their sums with a window
+LONGEST = 2**30  # keys: positions are 32-bit numbers in the kernel, and so are their sums with a window
 PAGE_MULTIPLE = 16
 
 
@@ -95,11 +95,12 @@ def flash_attention_kvcache(
     names = ("q", "k", "v", "k_cache", "v_cache", "alibi_slopes", "sinks")
     for name, x in zip(names, (q, k, v, k_cache, v_cache, alibi_slopes, sinks)):
         _reject_gradient(name, x)
-    scale = q.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
-    softcap = None if softcap is None else _check_softcap(softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale)
+    arguments.check_softcap(softcap)
+    softcap = None if softcap is None else float(softcap)
     left, right = _limits(causal, window)
-    backend = _pick_backend(backend, q)
-    _require(
+    backend = pick_backend(backend, q)
+    require(
         backend == "torch" or q.dtype != torch.float64,
         NotImplementedError,
         lambda: f"backend={backend!r} cannot serve this: its kernels sum in float32, q is float64; backend='torch' can",
@@ -115,7 +116,7 @@ def flash_attention_kvcache(
 def _cast_to_cache(q: Tensor, k: Tensor | None, v: Tensor | None, k_cache: Tensor):
     """Under autocast the cache has a dtype already, and it is the others that can follow."""
     for name, x in (("q", q), ("k_cache", k_cache)):
-        _require_tensor(name, x)
+        require_tensor(name, x)
     if q.dtype == k_cache.dtype or not _autocasting(q.device.type):
         return q, k, v
     return tuple(x.to(k_cache.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (q, k, v))
@@ -127,69 +128,47 @@ def _autocasting(device: str) -> bool:
 
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) -> None:
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_tensor(name, x, q)
+        check_tensor(name, x, q, "batch or pages")
     _check_integers("cache_seqlens", cache_seqlens, q, (torch.int32, torch.int64), 1)
     _check_rows("k_cache", k_cache)
     _check_rows("v_cache", v_cache)
     if block_table is None:
-        _require(
+        require(
             k_cache.shape[0] == q.shape[0],
             ValueError,
             lambda: f"k_cache must have the batch size of q, got {k_cache.shape[0]} and {q.shape[0]}",
         )
     else:
         _check_integers("block_table", block_table, q, (torch.int32,), 2)
-        _require(
+        require(
             k_cache.shape[2] > 0 and k_cache.shape[2] % PAGE_MULTIPLE == 0,
             ValueError,
             lambda: f"k_cache: with block_table, page_size must be a multiple of {PAGE_MULTIPLE}, got {k_cache.shape[2]}",
         )
-    _require(
+    require(
         k_cache.shape[3] == q.shape[3],
         ValueError,
         lambda: f"k_cache must have the head_dim of q, got {k_cache.shape[3]} and {q.shape[3]}",
     )
-    _require(
+    require(
         v_cache.shape[:3] == k_cache.shape[:3],
         ValueError,
         lambda: f"v_cache must have the shape of k_cache except for head_dim, got {tuple(v_cache.shape)} and {tuple(k_cache.shape)}",
     )
-    _require(
+    require(
         q.shape[1] == k_cache.shape[1] or (k_cache.shape[1] > 0 and q.shape[1] % k_cache.shape[1] == 0),
         ValueError,
         lambda: f"the number of heads of q must be a multiple of that of k_cache, got {q.shape[1]} and {k_cache.shape[1]}",
     )
-    _require(
-        _capacity(k_cache, block_table) < NO_LIMIT,
+    require(
+        _capacity(k_cache, block_table) < LONGEST,
         NotImplementedError,
-        lambda: f"k_cache: a sequence may have fewer than {NO_LIMIT} places, got {_capacity(k_cache, block_table)}",
-    )
-
-
-def _check_tensor(name: str, x: object, q: Tensor) -> None:
-    _require_tensor(name, x)
-    _require(x.layout == torch.strided and not x.is_nested, TypeError, lambda: f"{name} must be a dense tensor, got {x.layout}")
-    _require(
-        x.ndim == 4,
-        ValueError,
-        lambda: f"{name} must have 4 dimensions (batch or pages, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
-    )
-    _require(
-        x.dtype in DTYPES,
-        TypeError,
-        lambda: f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
-    )
-    _require(x.dtype == q.dtype, TypeError, lambda: f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
-    _require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
-    _require(
-        1 <= x.shape[3] <= MAX_HEAD_DIM,
-        NotImplementedError if x.shape[3] > MAX_HEAD_DIM else ValueError,
-        lambda: f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
+        lambda: f"k_cache: a sequence may have fewer than {LONGEST} places, got {_capacity(k_cache, block_table)}",
     )
 
 
 def _check_rows(name: str, cache: Tensor) -> None:
-    _require(
+    require(
         cache.stride(-1) == 1 or cache.shape[-1] == 1,
         ValueError,
         lambda: f"{name} must have a contiguous head dim (it is read in place, and never copied), got strides {cache.stride()}",
@@ -198,15 +177,15 @@ def _check_rows(name: str, cache: Tensor) -> None:
 
 def _check_integers(name: str, x: object, q: Tensor, dtypes: tuple[torch.dtype, ...], ndim: int) -> None:
     """A tensor of lengths or page numbers: one entry, or row of entries, for each sequence."""
-    _require_tensor(name, x)
+    require_tensor(name, x)
     words = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    _require(x.dtype in dtypes, TypeError, lambda: f"{name} must be {words}, got {str(x.dtype).removeprefix('torch.')}")
-    _require(
+    require(x.dtype in dtypes, TypeError, lambda: f"{name} must be {words}, got {str(x.dtype).removeprefix('torch.')}")
+    require(
         x.ndim == ndim and x.shape[0] == q.shape[0],
         ValueError,
         lambda: f"{name} must have shape ({q.shape[0]}{',' if ndim == 1 else ', pages_per_sequence'}), got {tuple(x.shape)}",
     )
-    _require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
+    require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
 
 
 def _check_new(k: object, v: object, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> int:
@@ -214,15 +193,15 @@ def _check_new(k: object, v: object, q: Tensor, k_cache: Tensor, v_cache: Tensor
     if k is None and v is None:
         return 0
     missing = "k" if k is None else "v"
-    _require(
+    require(
         k is not None and v is not None, ValueError, lambda: f"k and v must be given both or neither, got {missing}=None"
     )
-    _check_tensor("k", k, q)
-    _check_tensor("v", v, q)
+    check_tensor("k", k, q)
+    check_tensor("v", v, q)
     _check_written("k", k, k_cache, (q.shape[0], k_cache.shape[1], k.shape[2], k_cache.shape[3]))
     _check_written("v", v, v_cache, (q.shape[0], k_cache.shape[1], k.shape[2], v_cache.shape[3]))
     capacity = _capacity(k_cache, block_table)
-    _require(
+    require(
         k.shape[2] <= capacity,
         ValueError,
         lambda: f"k must not be longer than the cache, got {k.shape[2]} new keys for {capacity} places",
@@ -231,13 +210,13 @@ def _check_new(k: object, v: object, q: Tensor, k_cache: Tensor, v_cache: Tensor
 
 
 def _check_written(name: str, x: Tensor, cache: Tensor, shape: tuple[int, ...]) -> None:
-    _require(
+    require(
         tuple(x.shape) == shape,
         ValueError,
         lambda: f"{name} must have shape {shape}: batch of q, heads of k_cache, length of k, head_dim of {name}_cache; "
         f"got {tuple(x.shape)}",
     )
-    _require(
+    require(
         all(stride > 0 for size, stride in zip(cache.shape, cache.stride()) if size > 1),
         ValueError,
         lambda: f"{name}_cache: {name} cannot be written to an expanded tensor, got strides {cache.stride()}",
@@ -249,19 +228,19 @@ def _check_per_head(
 ) -> None:
     if x is None:
         return
-    _require_tensor(name, x)
+    require_tensor(name, x)
     words = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    _require(x.dtype in dtypes, TypeError, lambda: f"{name} must be {words}, got {str(x.dtype).removeprefix('torch.')}")
-    _require(
+    require(x.dtype in dtypes, TypeError, lambda: f"{name} must be {words}, got {str(x.dtype).removeprefix('torch.')}")
+    require(
         x.shape in shapes,
         ValueError,
         lambda: f"{name} must have shape {' or '.join(str(tuple(shape)) for shape in shapes)}, got {tuple(x.shape)}",
     )
-    _require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
+    require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
 
 
 def _reject_gradient(name: str, x: Tensor | None) -> None:
-    _require(
+    require(
         x is None or not (x.requires_grad and torch.is_grad_enabled()),
         NotImplementedError,
         lambda: f"{name} requires a gradient, and decoding has none: call under torch.no_grad(), detach {name}, or train with "
@@ -269,40 +248,12 @@ def _reject_gradient(name: str, x: Tensor | None) -> None:
     )
 
 
-def _check_softcap(softcap: object) -> float:
-    _require(
-        isinstance(softcap, (int, float)) and not isinstance(softcap, bool),
-        TypeError,
-        lambda: f"softcap must be a Python number, got {type(softcap).__name__}",
-    )
-    _require(
-        math.isfinite(softcap) and softcap > 0, ValueError, lambda: f"softcap must be positive and finite, got {softcap!r}"
-    )
-    return float(softcap)
-
-
 def _limits(causal: object, window: object) -> tuple[int, int]:
-    """How many keys a query sees before and after its own position. NO_LIMIT: all."""
-    _require(isinstance(causal, bool), TypeError, lambda: f"causal must be True or False, got {causal!r}")
-    _require(
-        window is None or (isinstance(window, (tuple, list)) and len(window) == 2),
-        TypeError,
-        lambda: f"window must be None or a pair (left, right), got {window!r}",
-    )
-    left, right = (_limit(side, window) for side in window or (None, None))
-    return left, min(right, 0) if causal else right
-
-
-def _limit(side: object, window: object) -> int:
-    if side is None:
-        return NO_LIMIT
-    _require(
-        isinstance(side, int) and not isinstance(side, bool),
-        TypeError,
-        lambda: f"window must hold integers or None, got {window!r}",
-    )
-    _require(side >= -1, ValueError, lambda: f"window must hold numbers from 0, or -1 for no limit, got {window!r}")
-    return NO_LIMIT if side == -1 else min(side, NO_LIMIT)
+    """How many keys a query sees before and after its own position. LONGEST: all."""
+    arguments.check_flag("causal", causal)
+    arguments.check_window(window)
+    left, right = (LONGEST if side is None else min(side, LONGEST) for side in limits(causal, window))
+    return left, right
 
 
 def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:

@@ -31,6 +31,7 @@ import flash_edu
 from flash_edu import flash_attention_kvcache
 from flash_edu.kernels import decode as kernels
 from flash_edu.kernels.tiles import DECODE_TILES, HEAD_DIMS, DecodeTile
+from flash_edu.kvcache import LONGEST
 from flash_edu.reference import naive_attention
 from flash_edu.testing import assert_close
 
@@ -38,7 +39,6 @@ HEADS, KV_HEADS, PAGE_SIZE = 32, 8, 64
 BATCHES, LENGTHS = (1, 4, 16, 64), (4096, 16384, 65536, 131072)
 LARGEST = 30e9  # bytes of K and V
 FLUSH = 400e6  # a round of calls reads at least this much, several times what the L2 cache holds
-NO_LIMIT = 2**30
 
 
 class Cell:
@@ -254,7 +254,7 @@ def _with(x: dict, tile: DecodeTile, num_splits: int) -> Tensor:
     """The kernels alone, with this tile."""
     q, d = x["q"], x["q"].shape[-1]
     return kernels.decode(
-        q, x["k_cache"], x["v_cache"], x["cache_seqlens"], x["block_table"], 0, NO_LIMIT, 0, d**-0.5, None, None, None,
+        q, x["k_cache"], x["v_cache"], x["cache_seqlens"], x["block_table"], 0, LONGEST, 0, d**-0.5, None, None, None,
         num_splits=num_splits, tile=tile,
     )  # fmt: skip
 
