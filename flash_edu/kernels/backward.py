@@ -21,6 +21,7 @@ from flash_edu.kernels.launch import (
     num_sequences,
     row_strides,
     wide,
+    with_room,
 )
 from flash_edu.kernels.scores import (
     changed_scores_and_slopes,
@@ -30,6 +31,7 @@ from flash_edu.kernels.scores import (
     keys_walk,
     load_keys,
     load_lse,
+    loads_scores,
     queries_walk,
     query_at,
     sequence,
@@ -38,7 +40,7 @@ from flash_edu.kernels.scores import (
     weights,
     zero_unseen,
 )
-from flash_edu.kernels.tiles import choose_tile
+from flash_edu.kernels.tiles import Tile, choose_tile
 from flash_edu.layout import empty_like_rows
 from flash_edu.rules import Rules
 
@@ -250,20 +252,25 @@ def backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     sizes = (q.shape[2], k.shape[2])
     options = head_blocks(q, v) | {"PRECISION": dot_precision(q.dtype), "WIDE": wide(q.dtype)}
-    head_dim = max(q.shape[-1], v.shape[-1])
-    with device_of(q):
-        tile = choose_tile("backward_kv", head_dim, q.dtype, q.device)
+
+    def launch_dk_dv(tile: Tile) -> None:
         longest, asked = longest_key(k, rules), kernel_rules(rules, q, k, walk=1)
         dk_dv_kernel[(triton.cdiv(longest, tile.block_n) * sequences * kv_heads,)](
             *inputs, dk, dv, *strides, *row_strides(dk, dv, packed=rules.packed), *lse_steps,
             kv_heads, heads // kv_heads, longest, *sizes, *units(rules, asked), asked, **options, **tile.options(),
         )  # fmt: skip
-        tile = choose_tile("backward_q", head_dim, q.dtype, q.device)
+
+    def launch_dq(tile: Tile) -> None:
         longest, asked = longest_query(q, rules), kernel_rules(rules, q, k, walk=0)
         dq_kernel[(triton.cdiv(longest, tile.block_m) * sequences * heads,)](
             *inputs, dq, *strides, *row_strides(dq, packed=rules.packed), *lse_steps,
             heads, heads // kv_heads, longest, *sizes, *units(rules, asked), asked, **options, **tile.options(),
         )  # fmt: skip
+
+    head_dim, loads = max(q.shape[-1], v.shape[-1]), loads_scores(rules)
+    with device_of(q):
+        with_room(launch_dk_dv, choose_tile("backward_kv", head_dim, q.dtype, q.device, loads_scores=loads))
+        with_room(launch_dq, choose_tile("backward_q", head_dim, q.dtype, q.device, loads_scores=loads))
     return dq, dk, dv
 
 

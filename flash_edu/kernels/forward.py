@@ -17,6 +17,7 @@ from flash_edu.kernels.launch import (
     num_sequences,
     row_strides,
     wide,
+    with_room,
 )
 from flash_edu.kernels.scores import (
     changed_scores,
@@ -25,13 +26,14 @@ from flash_edu.kernels.scores import (
     key_at,
     keys_walk,
     load_keys,
+    loads_scores,
     sequence,
     units,
     visible,
     weights,
     zero_unseen,
 )
-from flash_edu.kernels.tiles import choose_tile
+from flash_edu.kernels.tiles import Tile, choose_tile
 from flash_edu.layout import empty_outputs
 from flash_edu.rules import Rules
 
@@ -144,13 +146,17 @@ def add_sink(b_o, b_l, b_m, sink):
 def forward(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """Launch the forward: out (B, Hq, Nq, Dv) and lse (B, Hq, Nq), of inputs in rows."""
     out, lse = empty_outputs(q, v)
-    tile = choose_tile("forward", max(q.shape[-1], v.shape[-1]), q.dtype, q.device)
     heads, longest = q.shape[1], longest_query(q, rules)
     asked = kernel_rules(rules, q, k, walk=0)
-    with device_of(q):
+
+    def launch(tile: Tile) -> None:
         forward_kernel[(triton.cdiv(longest, tile.block_m) * num_sequences(q, rules) * heads,)](
             q, k, v, out, lse, *row_strides(q, k, v, out, packed=rules.packed), *lse_strides(lse, rules.packed),
             heads, heads // k.shape[1], longest, q.shape[2], k.shape[2], *units(rules, asked), asked,
             **head_blocks(q, v), **tile.options(), PRECISION=dot_precision(q.dtype), WIDE=wide(q.dtype),
         )  # fmt: skip
+
+    head_dim = max(q.shape[-1], v.shape[-1])
+    with device_of(q):
+        with_room(launch, choose_tile("forward", head_dim, q.dtype, q.device, loads_scores=loads_scores(rules)))
     return out, lse

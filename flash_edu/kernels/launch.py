@@ -1,16 +1,31 @@
 """What every launch needs to know about its tensors."""
 import contextlib
+from collections.abc import Callable
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_edu.kernels.tiles import Tile
 from flash_edu.rules import Rules
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make it the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def with_room(launch: Callable[[Tile], object], tile: Tile) -> None:
+    """Launch with this tile, or with the first smaller one that fits. The table's tiles fit as they are; what a user's functions
+    load beside them is not known before they are compiled."""
+    try:
+        launch(tile)
+    except triton.OutOfResources:
+        smaller = tile.smaller()
+        if smaller is None:
+            raise
+        with_room(launch, smaller)
 
 
 def row_strides(*tensors: Tensor, packed: bool = False) -> list[int]:

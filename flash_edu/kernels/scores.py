@@ -20,6 +20,9 @@ PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 PLAN_BLOCK = tl.constexpr(patterns.PLAN_BLOCK)
 
 
+YES, NO = tl.constexpr(True), tl.constexpr(False)  # made once: at each launch Triton compares them, fastest if they are the same
+
+
 class KernelRules(NamedTuple):
     """Rules as a kernel takes them: tensors become pointers. None: not asked for. Names in capitals are known when compiling."""
 
@@ -88,15 +91,20 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         buffers=tuple(rules.buffers),
         plan=plan,
         plan_strides=None if plan is None else _steps(plan),
-        CHANGES_SCORES=tl.constexpr(_changes_scores(rules, boolean, pattern)),
-        HIDES_KEYS=tl.constexpr(hides_keys),
-        HIDES_ANY=tl.constexpr(hides_any),
+        CHANGES_SCORES=YES if _changes_scores(rules, boolean, pattern) else NO,
+        HIDES_KEYS=YES if hides_keys else NO,
+        HIDES_ANY=YES if hides_any else NO,
     )
 
 
 def _changes_scores(rules: Rules, boolean: bool, pattern: patterns.Pattern | None) -> bool:
     added = rules.slopes is not None or (rules.mask is not None and not boolean)
     return rules.softcap is not None or added or (pattern and pattern.score_mod) is not None
+
+
+def loads_scores(rules: Rules) -> bool:
+    """Does each pair of a query and a key need something from memory?"""
+    return rules.mask is not None or len(rules.buffers) > 0
 
 
 def units(rules: Rules, asked: KernelRules) -> tuple[float, float]:

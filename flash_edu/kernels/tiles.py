@@ -1,7 +1,7 @@
 """Tile sizes: how many queries and keys a program holds at once, with how many warps and pipeline stages.
 
 Bigger tiles reuse each loaded byte more often, until they no longer fit in registers (the compiler spills) or in shared
-memory (the launch fails). The table is chosen by what the compiler reports and by measurement, once, here: no search at
+memory (launch.with_room then takes a smaller one). The table is chosen by what the compiler reports and by measurement, once, here: no search at
 the user's first call. Every tile of it is compiled by tests/package/test_compiled.py.
 """
 from typing import NamedTuple
@@ -19,6 +19,15 @@ class Tile(NamedTuple):
     def options(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
         return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "SPLIT"), self))
+
+    def smaller(self) -> "Tile | None":
+        """The next one to try if this one does not fit in shared memory: fewer stages first, then fewer keys, then queries."""
+        if self.num_stages > 1:
+            return self._replace(num_stages=self.num_stages - 1)
+        if max(self.block_m, self.block_n) <= 16:
+            return None
+        wider = "block_n" if self.block_n >= self.block_m else "block_m"
+        return self._replace(**{wider: getattr(self, wider) // 2})
 
 
 HEAD_DIMS = (64, 128, 256)  # a row of the table serves all head dims up to its own
@@ -41,11 +50,16 @@ TILES = {
 INTERPRETED = {"forward": Tile(32, 16, 4, 1), "backward_kv": Tile(16, 32, 4, 1), "backward_q": Tile(32, 16, 4, 1, 2)}
 
 
-def choose_tile(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of `kernel` ("forward", "backward_kv" or "backward_q") for the larger of the two head dims."""
+def choose_tile(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device, *, loads_scores: bool = False) -> Tile:
+    """The tile of `kernel` ("forward", "backward_kv" or "backward_q") for the larger of the two head dims.
+
+    loads_scores: each pair of a query and a key needs something from memory, a mask. It takes as much room in each stage as K
+    and V together, so there are two stages at most.
+    """
     if device.type == "cpu":
         return INTERPRETED[kernel]
-    return TILES[kernel, _gpu(dtype, device), dtype.itemsize][_row(head_dim)]
+    tile = TILES[kernel, _gpu(dtype, device), dtype.itemsize][_row(head_dim)]
+    return tile._replace(num_stages=min(tile.num_stages, 2)) if loads_scores else tile
 
 
 def _gpu(dtype: torch.dtype, device: torch.device) -> str:
