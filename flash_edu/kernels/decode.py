@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flash_edu.kernels.common import LOG2E, dot_rows, tanh
 from flash_edu.kernels.launch import device_of, dot_precision, head_blocks, row_strides
@@ -157,7 +156,6 @@ def decode_kernel(
     kv_heads, group, Nq, Nnew, capacity, num_pages, left, right, num_splits, score_scale, softcap_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows, split, key/value head and sequence. A row is a query of a head: query *
     group + head.
@@ -165,8 +163,6 @@ def decode_kernel(
     Rows that share keys stand next to each other in the grid, so that what one reads is in the cache for the
     next.
     """
-    if OVERLAP:
-        gdc_launch_dependents()  # merge_kernel may be set up from here on
     num_tiles_m = tl.cdiv(Nq * group, BLOCK_M)
     o_m = tl.program_id(0) % num_tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(0) // num_tiles_m % num_splits
@@ -266,11 +262,9 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["heads", "Nq", "num_splits"])
 def merge_kernel(
     part_ptr, lse_ptr, out_ptr, stride_ob, stride_oh, stride_om, heads, Nq, num_splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program per query of a head: its splits' results, always in one order, weighted by exp2(lse)."""
-    if OVERLAP:
-        gdc_wait()  # for all that decode_kernel writes
     row = tl.program_id(0).to(tl.int64)
     o_dv = tl.arange(0, BLOCK_DV)
     b_o = tl.zeros([BLOCK_DV], dtype=tl.float32)
@@ -383,19 +377,18 @@ def decode(
         split_stride = dv
     softcap_scale, score_scale = (None, scale) if softcap is None else (scale / softcap, softcap)
     blocks = head_blocks(q, v_cache)
-    overlap = num_splits > 1 and _overlaps(q.device)
     with device_of(q):
         decode_kernel[(programs * num_splits,)](
             q, k_cache, v_cache, part, lse, seqlens, table, slopes, sinks, *row_strides(q, k_cache, v_cache, part),
             split_stride, _stride(table), _stride(slopes) if slopes is not None and slopes.ndim == 2 else 0,
             kv_heads, heads // kv_heads, nq, new, capacity, k_cache.shape[0], left, right, num_splits,
             score_scale * LOG2E.value, softcap_scale, **blocks, **tile.options(paged=table is not None),
-            PAGE_SIZE=page_size, PRECISION=dot_precision(q.dtype), OVERLAP=overlap,
+            PAGE_SIZE=page_size, PRECISION=dot_precision(q.dtype),
         )  # fmt: skip
         if num_splits > 1:
             merge_kernel[(batch * heads * nq,)](
                 part, lse, out, *row_strides(out), heads, nq, num_splits, DV=dv, BLOCK_DV=blocks["BLOCK_DV"],
-                BLOCK_S=32, OVERLAP=overlap, num_warps=4, **({"launch_pdl": True} if overlap else {}),
+                BLOCK_S=32, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -416,12 +409,6 @@ def choose_splits(programs: int, keys: int, tile: DecodeTile, device: torch.devi
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Can a kernel be set up while the one before it runs (programmatic dependent launch)? Since Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _cdiv(a: int, b: int) -> int:
