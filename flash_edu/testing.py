@@ -4,10 +4,10 @@ An answer is right if its error is at most twice the error that plain PyTorch ma
 rounding of the truth itself. No flat tolerance: at N = 4096 an output of all zeros is within 1e-2 of the truth.
 (The rule is that of the FlashAttention project's own tests: Dao et al., tests/test_flash_attn.py.)
 
-"Plain PyTorch" means, for a gradient, the worst of three: autograd through the formula; the backward's formulas applied to O
-and L as a flash forward stores them; and the same with every sum in S, dP and D, and L, one rounding off, up or down. The
-last two round where autograd does not, in S - L and dP - D. How much a sum rounds depends on its order and on how the hardware multiplies:
-tensor cores make an fp32 product of three TF32 products. On small cases plain PyTorch is exact by luck.
+"Plain PyTorch" means, for out and for a gradient, the worst of four: the formula and autograd through it; P V and the backward's
+formulas, from O and L as a flash forward stores them; and the same with L and every sum in S, dP and D one rounding off, up or
+down. The last three round where autograd does not, in S - L and dP - D. How much a sum rounds depends on its order and on how
+the hardware multiplies: tensor cores make an fp32 product of three TF32 products. On small cases plain PyTorch is exact by luck.
 """
 from dataclasses import dataclass, field
 
@@ -110,7 +110,7 @@ def eager(case: Case) -> dict[str, Tensor]:
     saved = answer["out"], answer["lse"]
     eps = torch.finfo(saved[1].dtype).eps
     for slack in (0.0, eps, -eps):
-        others = gradients_from_saved(case, *saved, slack=slack)
+        others = results_from_saved(case, *saved, slack=slack)
         for name, other in others.items():
             if _largest(other.double() - right[name]) > _largest(answer[name].double() - right[name]):
                 answer[name] = other
@@ -118,14 +118,14 @@ def eager(case: Case) -> dict[str, Tensor]:
     return {name: x.to(wide) if x.dtype == torch.float64 else x for name, x in answer.items()}
 
 
-def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0.0) -> dict[str, Tensor]:
-    """dq, dk, dv by the backward's formulas, untiled, from saved out and lse (FlashAttention-2, section 2.3).
+def results_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0.0) -> dict[str, Tensor]:
+    """dq, dk, dv by the backward's formulas, untiled, from saved out and lse (FlashAttention-2, section 2.3); and out = P V.
 
     slack: by how much each element of S, dP and D is off, as a share of the sum of the sizes of its terms, and each of L, as a
     share of its own.
     """
     wide, group = lse.dtype, case.q.shape[1] // case.k.shape[1]
-    lse = lse - slack * lse.abs()  # the other way than S: in S - L the two add up
+    lse = torch.where(lse.isinf(), lse, lse - slack * lse.abs())  # the other way than S: in S - L the two add up
     torch.manual_seed(case.seed)
     rules = dense_rules(case.q, case.k, causal=case.causal, scale=case.scale, **case.options)
     delta = row_delta(case.dout.to(wide), _where_finite(case.dlse.to(wide), lse), out.to(wide))
@@ -140,8 +140,10 @@ def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float =
     slope, mask_slope = asked.slopes(products, rows, cols)
     ds = p * (dp - delta[..., None])
     scaled = ds * slope * rules.scale
-    heads = {"dq": scaled @ k, "dk": scaled.mT @ q, "dv": asked.dropped(p, rows, cols).mT @ dout}
-    found = {name: (x if name == "dq" else x.unflatten(1, (-1, group)).sum(2)).to(case.q.dtype) for name, x in heads.items()}
+    kept = asked.dropped(p, rows, cols)
+    of_keys = {"dk": scaled.mT @ q, "dv": kept.mT @ dout}
+    found = {"out": kept @ v, "dq": scaled @ k} | {name: x.unflatten(1, (-1, group)).sum(2) for name, x in of_keys.items()}
+    found = {name: x.to(case.q.dtype) for name, x in found.items()}
     mask, sinks = case.options.get("attn_mask"), case.options.get("sinks")
     if mask is not None and mask.is_floating_point():
         found["dattn_mask"] = (ds * mask_slope).sum_to_size(mask.shape).to(mask.dtype)

@@ -218,15 +218,11 @@ def table(rows: list[dict]) -> str:
 
 # --- tuning -----------------------------------------------------------------------------------------------
 
-TUNE = [  # (block_n, warps, stages, apart) of tiles with 16 rows
-    *itertools.product((64,), (4,), (3, 4, 5), (True,)),
-    *itertools.product((128,), (8,), (2, 3), (True,)),
-    *itertools.product((32,), (2,), (3, 4, 6), (True,)),
-    *itertools.product((64, 128), (4,), (3, 4), (False,)),
-    (64, 8, 4, False),
-    (32, 4, 4, False),
+TUNE = [  # (block_n, warps, stages) of tiles with 16 rows
+    *itertools.product((32, 64, 128), (4,), (2, 3, 4)),
+    *itertools.product((64, 128), (8,), (2, 3)),
 ]
-SPLITS = (0.5, 1.0, 2.0)  # times what choose_splits says
+SPLITS = (1.0, 2.0, 4.0)  # times what choose_splits says
 
 
 def tune(d: int) -> list[dict]:
@@ -261,10 +257,10 @@ def _with(x: dict, tile: DecodeTile, num_splits: int) -> Tensor:
 
 def _print_best(batch: int, n: int, kind: str, results: list[dict], default: DecodeTile) -> None:
     now = next((r for r in results if r["tile"] == default and r["chosen"]), {"failed": "not run"})
-    print(f"B {batch:<3} N {n:<7} {kind:7} now {default[1:5]} {_words(now)}", flush=True)
+    print(f"B {batch:<3} N {n:<7} {kind:7} now {default[1:4]} {_words(now)}", flush=True)
     for result in results[:3]:
-        print(f"    {tuple(result['tile'])[1:5]} splits {result['splits']:<4} {_words(result)}", flush=True)
-    for failed in {(tuple(r["tile"])[1:5], r["failed"]) for r in results if "failed" in r}:
+        print(f"    {tuple(result['tile'])[1:4]} splits {result['splits']:<4} {_words(result)}", flush=True)
+    for failed in {(tuple(r["tile"])[1:4], r["failed"]) for r in results if "failed" in r}:
         print("    failed:", *failed, flush=True)
 
 
@@ -282,9 +278,9 @@ def _print_overall(rows: list[dict]) -> None:
         for row in results:
             if row["chosen"]:
                 share.setdefault(row["tile"], []).append(best / row["us"])
-    print("\nblock_n, warps, stages, apart: share of each cell's best, with the splits that are chosen (mean, worst, cells)")
+    print("\nblock_n, warps, stages: share of each cell's best, with the splits that are chosen (mean, worst, cells)")
     for tile, shares in sorted(share.items(), key=lambda item: -statistics.mean(item[1])):
-        print(f"{tuple(tile)[1:5]!s:24} {statistics.mean(shares):.3f} {min(shares):.3f} {len(shares)}")
+        print(f"{tuple(tile)[1:4]!s:24} {statistics.mean(shares):.3f} {min(shares):.3f} {len(shares)}")
 
 
 def main() -> None:

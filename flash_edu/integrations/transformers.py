@@ -23,7 +23,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils.import_utils import is_tracing
 
 from flash_edu.arguments import require
-from flash_edu.attention import BACKENDS, flash_attention, flash_attention_varlen
+from flash_edu.attention import flash_attention, flash_attention_varlen
+from flash_edu.backends import BACKENDS
 
 OLDEST = (5, 4)  # since then masks are asked for by q_length and q_offset
 # A name with one of these in it is transformers' own: kernels are looked for, or SDPA's needs are checked.

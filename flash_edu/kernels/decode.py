@@ -3,12 +3,8 @@
 Split-KV decoding (Flash-Decoding: Dao, Haziza, Massa and Sizov 2023, pytorch.org/blog/flash-decoding;
 PyTorch's flex_decoding is a relative). A token asks only one query of each head, which would leave most of a
 GPU idle, so the keys of a sequence are divided too. The same merge, of partial results by their log-sum-exp,
-is made three times:
-
-  - within a warp, tile after tile: the online softmax of forward.py;
-  - between the warps of a program, once at its end. Each warp has walked keys of its own, a fraction of every
-    tile, and none has waited for another's maximum: its products are tl.dot's with the warp as their batch;
-  - between the programs that share a sequence, by the second kernel.
+is made twice: within a program, tile after tile, the online softmax of forward.py; and between the programs
+that share a sequence, by the second kernel.
 
 The `group` query heads that share a key/value head are rows of the same tile, so that their keys are read
 once for all.
@@ -27,8 +23,6 @@ from flash_edu.layout import empty_output
 
 # Numbers that change from call to call: no variant of a kernel for each class of values.
 SIZES = ["kv_heads", "group", "Nq", "Nnew", "capacity", "num_pages", "left", "right", "num_splits"]
-FILL = 4  # times as many programs as fit on the GPU at once: lengths differ, and who is done early takes another
-SHORTEST = 16  # tiles: a program with fewer pays more for its start than the balance is worth
 MOST_SPLITS = 256
 COPY_ROWS = 16  # new keys that a program of append_kernel copies
 
@@ -52,33 +46,21 @@ def page_of(p_page, num_pages):
 
 
 @triton.jit
-def tile_keys(start_n, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
-    """The numbers of a tile's keys: (BLOCK_N,), or if warps walk apart (WARPS, BLOCK_N / WARPS)."""
-    if WARPS == 1:
-        o_n = start_n + tl.arange(0, BLOCK_N)
-    else:
-        o_warp = tl.arange(0, WARPS) * (BLOCK_N // WARPS)
-        o_n = start_n + o_warp[:, None] + tl.arange(0, BLOCK_N // WARPS)[None, :]
-    return o_n
-
-
-@triton.jit
 def tile_rows(
     start_n, table_ptr, stride_page, stride_n, capacity, num_pages,
-    BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """How far from the cache's first row the rows of a tile lie, shaped as its keys. start_n is a multiple of
-    BLOCK_N.
-    """
+    """How far from the cache's first row the rows of a tile lie, (BLOCK_N,). start_n is a multiple of BLOCK_N."""
+    o_n = tl.arange(0, BLOCK_N)
     if table_ptr is None:
         first = tl.cast(start_n, tl.int64) * stride_n
-        o_row = first + tile_keys(0, BLOCK_N, WARPS).to(tl.int64) * stride_n
+        o_row = first + o_n.to(tl.int64) * stride_n
     elif PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
         page = page_of(table_ptr + start_n // PAGE_SIZE, num_pages)
         first = page * stride_page + tl.cast(start_n % PAGE_SIZE, tl.int64) * stride_n
-        o_row = first + tile_keys(0, BLOCK_N, WARPS).to(tl.int64) * stride_n
+        o_row = first + o_n.to(tl.int64) * stride_n
     else:
-        o_n = tl.minimum(tile_keys(start_n, BLOCK_N, WARPS), capacity - 1)  # the table ends where the capacity does
+        o_n = tl.minimum(start_n + o_n, capacity - 1)  # the table ends where the capacity does
         page = page_of(table_ptr + o_n // PAGE_SIZE, num_pages)
         o_row = page * stride_page + (o_n % PAGE_SIZE).to(tl.int64) * stride_n
     return o_row
@@ -86,11 +68,11 @@ def tile_rows(
 
 @triton.jit
 def load_rows(p_cache, o_row, there, NUM_COLS: tl.constexpr, COLS: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of K or V: o_row's shape and COLS more, 0 where a row is not there. Unmasked, all are there."""
-    o_col = tl.arange(0, COLS)[None, :] if len(o_row.shape) == 1 else tl.arange(0, COLS)[None, None, :]
-    p_rows = p_cache + tl.expand_dims(o_row, len(o_row.shape)) + o_col
+    """Rows of K or V, (rows, COLS), 0 where a row is not there. Unmasked, all are there."""
+    o_col = tl.arange(0, COLS)[None, :]
+    p_rows = p_cache + o_row[:, None] + o_col
     if MASKED:
-        b_rows = tl.load(p_rows, mask=tl.expand_dims(there, len(there.shape)) & (o_col < NUM_COLS), other=0.0)
+        b_rows = tl.load(p_rows, mask=there[:, None] & (o_col < NUM_COLS), other=0.0)
     elif NUM_COLS != COLS:
         b_rows = tl.load(p_rows, mask=o_col < NUM_COLS, other=0.0)
     else:
@@ -106,27 +88,23 @@ def attend_to_tile(
     b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, table_ptr, stride_kp, stride_kn, stride_vp, stride_vn,
     capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of keys into (O, l, m). MASKED: it has keys outside lo .. length, or some that only some
     queries see.
 
-    Shapes: b_q (M, D), b_s (M, N), b_o (M, Dv), b_l and b_m (M,), each with a first axis of WARPS if warps
-    walk apart. b_query (M, 1): the queries' positions among the keys.
+    Shapes: b_q (M, D), b_s (M, N), b_o (M, Dv), b_l and b_m (M,). b_query (M, 1): the queries' positions
+    among the keys.
     """
-    ROWS_AXIS: tl.constexpr = len(b_q.shape) - 2
-    o_n = tile_keys(start_n, BLOCK_N, WARPS)
+    o_n = start_n + tl.arange(0, BLOCK_N)
     there = (o_n >= lo) & (o_n < length)
-    o_k = tile_rows(start_n, table_ptr, stride_kp, stride_kn, capacity, num_pages, BLOCK_N, WARPS, PAGE_SIZE)
+    o_k = tile_rows(start_n, table_ptr, stride_kp, stride_kn, capacity, num_pages, BLOCK_N, PAGE_SIZE)
     b_k = load_rows(p_k, o_k, there, D, BLOCK_D, MASKED)
-    o_v = tile_rows(start_n, table_ptr, stride_vp, stride_vn, capacity, num_pages, BLOCK_N, WARPS, PAGE_SIZE)
+    o_v = tile_rows(start_n, table_ptr, stride_vp, stride_vn, capacity, num_pages, BLOCK_N, PAGE_SIZE)
     b_v = load_rows(p_v, o_v, there, DV, BLOCK_DV, MASKED)
 
-    if WARPS == 1:
-        b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)
-    else:
-        b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision=PRECISION)
-    b_key = tl.expand_dims(o_n, ROWS_AXIS)
+    b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)
+    b_key = o_n[None, :]
     if softcap_scale is not None:
         b_s = tanh(b_s * softcap_scale)
     to_base_2 = score_scale
@@ -136,14 +114,14 @@ def attend_to_tile(
     if MASKED:
         keep = (b_key < length) & (b_key >= b_query - left) & (b_key <= b_query + right)
         b_s = tl.where(keep, b_s, float("-inf"))
-    b_m_new = tl.maximum(b_m, tl.max(b_s, ROWS_AXIS + 1) * to_base_2)
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * to_base_2)
     b_anchor = b_m_new
     if MASKED:
         b_anchor = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # -inf - -inf is not a number
-    b_p = tl.exp2(b_s * to_base_2 - tl.expand_dims(b_anchor, ROWS_AXIS + 1))
+    b_p = tl.exp2(b_s * to_base_2 - b_anchor[:, None])
     b_rescale = tl.exp2(b_m - b_anchor)
-    b_l = b_l * b_rescale + tl.sum(b_p, ROWS_AXIS + 1)
-    b_o = b_o * tl.expand_dims(b_rescale, ROWS_AXIS + 1)
+    b_l = b_l * b_rescale + tl.sum(b_p, 1)
+    b_o = b_o * b_rescale[:, None]
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION, out_dtype=b_o.dtype)
     return b_o, b_l, b_m_new
 
@@ -155,7 +133,7 @@ def decode_kernel(
     stride_ob, stride_oh, stride_om, stride_os, stride_tb, stride_sb,
     kv_heads, group, Nq, Nnew, capacity, num_pages, left, right, num_splits, score_scale, softcap_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WARPS: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows, split, key/value head and sequence. A row is a query of a head: query *
     group + head.
@@ -204,21 +182,15 @@ def decode_kernel(
     b_slope = None
     if slopes_ptr is not None:
         b_slope = tl.load(slopes_ptr + batch * stride_sb + head, mask=in_rows, other=0.0).to(tl.float32)[:, None] * LOG2E
-    if WARPS == 1:
-        b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-        b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
-        b_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    else:
-        b_q = tl.broadcast_to(b_q[None, :, :], [WARPS, BLOCK_M, BLOCK_D])
-        b_o = tl.zeros([WARPS, BLOCK_M, BLOCK_DV], dtype=tl.float32)
-        b_l = tl.zeros([WARPS, BLOCK_M], dtype=tl.float32)
-        b_m = tl.full([WARPS, BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    b_l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
 
     for start_n in range(full_lo, full_hi, BLOCK_N):
         b_o, b_l, b_m = attend_to_tile(
             b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, p_table, stride_kb, stride_kn, stride_vb, stride_vn,
             capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WARPS, SPLIT, PAGE_SIZE, False, PRECISION,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SPLIT, PAGE_SIZE, False, PRECISION,
         )  # fmt: skip
     # The ragged tiles, before and after: a few, of few programs. Not pipelined, they take no shared memory
     # from the others.
@@ -228,23 +200,18 @@ def decode_kernel(
         b_o, b_l, b_m = attend_to_tile(
             b_o, b_l, b_m, b_q, b_query, b_slope, p_k, p_v, start_n, p_table, stride_kb, stride_kn, stride_vb, stride_vn,
             capacity, num_pages, lo, length, left, right, score_scale, softcap_scale,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, WARPS, SPLIT, PAGE_SIZE, True, PRECISION,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SPLIT, PAGE_SIZE, True, PRECISION,
         )  # fmt: skip
 
-    # Merge the warps, and the sink, a score without a value, which must count in one split only.
-    b_top = b_m if WARPS == 1 else tl.max(b_m, 0)
+    # A sink is a score without a value, which must count in one split only.
+    b_anchor = tl.where(b_m == float("-inf"), 0.0, b_m)
     if sinks_ptr is not None:
         b_sink = tl.load(sinks_ptr + head, mask=in_rows & (split == 0), other=float("-inf")).to(tl.float32) * LOG2E
-        b_top = tl.maximum(b_top, b_sink)
-    b_anchor = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_weight = tl.exp2(b_m - b_anchor)
-    b_l = b_l * b_weight
-    b_o = b_o * tl.expand_dims(b_weight, len(b_weight.shape))
-    if WARPS > 1:
-        b_l = tl.sum(b_l, 0)
-        b_o = tl.sum(b_o, 0)
-    if sinks_ptr is not None:
-        b_l += tl.exp2(b_sink - b_anchor)
+        b_top = tl.maximum(b_m, b_sink)
+        b_anchor = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_rescale = tl.exp2(b_m - b_anchor)
+        b_o = b_o * b_rescale[:, None]
+        b_l = b_l * b_rescale + tl.exp2(b_sink - b_anchor)
 
     # Normalise. A row that attended to nothing has l = 0: out = 0 and, in base 2 here, lse = -inf.
     empty = b_l == 0.0
@@ -395,15 +362,10 @@ def decode(
 
 def choose_splits(programs: int, keys: int, tile: DecodeTile, device: torch.device) -> int:
     """Into how many parts to divide each sequence, of at most `keys` keys, if a part takes `programs`
-    programs.
-
-    Enough that every place on the GPU is taken; beyond that, as many as balance sequences of different
-    lengths.
+    programs: as many as give each multiprocessor one program. One alone keeps its share of the memory busy,
+    and a second costs more, in parts to merge, than it brings (benchmarks/README.md).
     """
-    tiles = _cdiv(keys, tile.block_n)
-    places = tile.resident * _processors(device)
-    splits = max(places // programs, min(FILL * places // programs, tiles // SHORTEST))
-    return max(1, min(splits, tiles, MOST_SPLITS))
+    return max(1, min(_processors(device) // programs, _cdiv(keys, tile.block_n), MOST_SPLITS))
 
 
 @functools.cache

@@ -41,7 +41,7 @@ TILES = {
     ("forward", "sm_80", 2): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 8, 2)),
     ("backward_kv", "sm_80", 2): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
     ("backward_q", "sm_80", 2): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)),
-    ("forward", "sm_80", 4): (Tile(32, 32, 4, 2), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1, 8)),
+    ("forward", "sm_80", 4): (Tile(32, 32, 4, 3), Tile(16, 32, 4, 1), Tile(16, 32, 8, 1, 8)),
     ("backward_kv", "sm_80", 4): (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1, 8)),
     ("backward_q", "sm_80", 4): (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1, 8)),
 }
@@ -77,33 +77,26 @@ class DecodeTile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
-    apart: bool  # each warp walks keys of its own; else the warps share every product, which takes fewer registers
     split: int = 1  # as in Tile
-
-    @property
-    def resident(self) -> int:
-        """How many programs fit on a multiprocessor: its 65536 registers hold 8 warps of 32 threads with 255 each."""
-        return max(1, 8 // self.num_warps)
 
     def options(self, *, paged: bool) -> dict[str, int]:
         """As keyword arguments of a launch. With pages, loading a key takes two loads, the first for its page, and the compiler
         gives each half of the stages."""
         stages = 2 * self.num_stages - 1 if paged else self.num_stages
-        warps = self.num_warps if self.apart else 1
-        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "WARPS": warps, "SPLIT": self.split}
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "SPLIT": self.split}
         return sizes | {"num_warps": self.num_warps, "num_stages": stages}
 
 
 # (GPU, bytes of an element, rows) -> a tile for each of HEAD_DIMS. 16 rows are the fewest that tl.dot takes; fp32 has only those,
 # since more would not fit in registers.
 DECODE_TILES = {
-    ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3, True), DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 32, 4, 4, False)),
-    ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 8, 3, False)),
-    ("sm_80", 2, 16): (DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 64, 4, 3, True), DecodeTile(16, 32, 4, 3, False)),
-    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 4, 4, False), DecodeTile(64, 32, 8, 2, False)),
-    ("sm_80", 4, 16): (DecodeTile(16, 32, 4, 4, False), DecodeTile(16, 32, 4, 3, False), DecodeTile(16, 16, 8, 2, False, 8)),
+    ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3), DecodeTile(16, 64, 4, 3), DecodeTile(16, 64, 8, 3)),
+    ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3), DecodeTile(64, 64, 4, 3), DecodeTile(64, 32, 8, 3)),
+    ("sm_80", 2, 16): (DecodeTile(16, 64, 4, 4), DecodeTile(16, 64, 4, 3), DecodeTile(16, 32, 4, 3)),
+    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3), DecodeTile(64, 32, 4, 4), DecodeTile(64, 32, 8, 2)),
+    ("sm_80", 4, 16): (DecodeTile(16, 32, 4, 4), DecodeTile(16, 32, 4, 3), DecodeTile(16, 16, 8, 2, 8)),
 }
-INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1, True), 64: DecodeTile(64, 16, 2, 1, False, 2)}
+INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1), 64: DecodeTile(64, 16, 2, 1, 2)}
 
 
 def choose_decode_tile(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> DecodeTile:

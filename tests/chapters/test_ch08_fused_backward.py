@@ -14,7 +14,7 @@ from frames import assert_inside, framed, left_alone, nan_outputs
 from flash_edu._environment import interpreting
 from flash_edu.course import device, on_gpu, toy
 from flash_edu.figures import trace_file, trace_triton
-from flash_edu.testing import assert_close, eager, gradients_from_saved, make_case, truth
+from flash_edu.testing import assert_close, eager, results_from_saved, make_case, truth
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:All-NaN slice"
@@ -39,7 +39,7 @@ def solve(case):
     dlse = case.dlse.masked_fill(lse.isinf(), 0.0)
     delta = ((case.dout.double() * out.double()).sum(-1) - dlse).float()
     plain = eager(case)
-    for name, x in gradients_from_saved(
+    for name, x in results_from_saved(
         case, out, lse
     ).items():  # O and L are rounded, and P = exp(S - L) with them
         if (x - right[name]).abs().max() > (plain[name] - right[name]).abs().max():

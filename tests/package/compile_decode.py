@@ -73,7 +73,7 @@ def main(gpus: list[str]) -> None:
             for name, kernel in ((name, compiled[name]) for name in names):
                 what = {"gpu": gpu, "tile": tile._asdict(), "dtype": str(dtype)[6:], "head_dim": head_dim, "kernel": name}
                 made = compile_tiles.report(kernel, capability) | {"copies": copies(kernel.asm["ptx"])}
-                more = {"page_size": page_size, "rules": rules, "resident": tile.resident}
+                more = {"page_size": page_size, "rules": rules}
                 print(json.dumps(what | more | made), flush=True)
 
 

@@ -63,7 +63,7 @@ def compile_kernels(capability: int, dtype: torch.dtype, head_dim: int, causal: 
         kernel.run = _compile_only(name, originals[name], compiled)
     gpu = "sm_90" if capability == 90 and dtype.itemsize == 2 else "sm_80"
     row = next(i for i, limit in enumerate(tiles.HEAD_DIMS) if head_dim <= limit)
-    pick = lambda kernel, *_: tiles.TILES[kernel, gpu, dtype.itemsize][row]  # noqa: E731
+    pick = lambda kernel, *_, **__: tiles.TILES[kernel, gpu, dtype.itemsize][row]  # noqa: E731
     forward.choose_tile = backward.choose_tile = pick
     try:
         q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)

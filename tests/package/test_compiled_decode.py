@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 from test_compiled import SHARED_MEMORY
 
-REGISTERS = 65536  # of a multiprocessor
-SHARED_MEMORY_OF_ALL = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}  # of a multiprocessor; a program also takes 1 KB unasked
-
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 def test_default_tiles(gpu):
@@ -28,12 +25,6 @@ def test_default_tiles(gpu):
         # K and V are copied 16 bytes at a time, while earlier tiles are computed; the numbers of pages are
         # the only other copies
         assert kernel["copies"] == ([4, 16] if kernel["page_size"] else [16]), f"narrow or blocking loads: {kernel}"
-        programs, threads = kernel["resident"], 32 * kernel["tile"]["num_warps"]
-        registers = -(-kernel["registers"] // 8) * 8 * threads  # allocated by eights
-        assert programs * registers <= REGISTERS, f"{programs} do not fit on a multiprocessor: {kernel}"
-        if kernel["dtype"] == "bfloat16":
-            memory = programs * (kernel["shared_memory"] + 1024)
-            assert memory <= SHARED_MEMORY_OF_ALL[gpu], f"{programs} do not fit on a multiprocessor: {kernel}"
 
 
 def compile_all(gpu):

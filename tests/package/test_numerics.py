@@ -7,7 +7,7 @@ from this_machine import DEVICE, ON_GPU
 
 from flash_edu import flash_attention_with_lse, merge_attention
 from flash_edu.reference import naive_attention_with_lse
-from flash_edu.testing import assert_close, differentiate, eager, gradients_from_saved, make_case, truth
+from flash_edu.testing import assert_close, differentiate, eager, results_from_saved, make_case, truth
 
 LENGTHS = [(1, 239), (113, 203), (128, 217), (799, 3), (1023, 1024)]
 LENGTHS += [(nk, nq) for nq, nk in LENGTHS]
@@ -234,7 +234,7 @@ class TestTheRuler:
         case = make_case(1, 4, 2, 20, 13, d=8, dtype=torch.float64, causal=causal)
         right = differentiate(naive_attention_with_lse, case)
         for slack in (0.0, 1e-15):
-            for name, got in gradients_from_saved(case, right["out"], right["lse"], slack=slack).items():
+            for name, got in results_from_saved(case, right["out"], right["lse"], slack=slack).items():
                 torch.testing.assert_close(got, right[name], rtol=1e-12, atol=1e-12)
 
     def test_luck_is_not_asked_for(self):
@@ -242,7 +242,7 @@ class TestTheRuler:
         case = make_case(1, 2, 2, 64, 1, d=64)
         case.dlse.zero_()
         right, plain = truth(case), eager(case)
-        other = gradients_from_saved(case, right["out"].float(), right["lse"].float(), slack=-1e-7)
+        other = results_from_saved(case, right["out"].float(), right["lse"].float(), slack=-1e-7)
         for name in other:
             assert_close(name, other[name], right[name], plain[name])
             with pytest.raises(AssertionError):
