@@ -131,7 +131,7 @@ def test_gradcheck(backend):
             out, lse = flash_attention_with_lse(q, k, v, causal=causal, backend=backend)
             return out, lse.masked_fill(lse.isinf(), 0.0)  # -inf has no finite differences
 
-        assert torch.autograd.gradcheck(attention, inputs)
+        assert torch.autograd.gradcheck(attention, inputs, fast_mode=backend == "triton")  # the interpreter takes minutes else
 
 
 def test_merging_two_halves_of_the_keys(backend):
