@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: reading and writing tiles, and the causal mask's arithmetic.
+"""What the forward and backward kernels share: reading and writing tiles, and products of rows.
 
 Names: M counts queries, N counts keys. `o_` is a vector of offsets, `b_` a block of values. Row `i` of a tile that starts
 at `start` is row `start + i` of the tensor. Strides are passed in, so batch, heads and sequence may lie in any order; the
@@ -11,7 +11,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): the GPU's 
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Arguments of which Triton must not compile a variant per value class (1, multiple of 16): lengths change from call to call.
-SIZES = ["num_heads", "group", "Nq", "Nk"]
+SIZES = ["num_heads", "group", "longest", "Nq", "Nk"]
 
 
 @triton.jit
@@ -78,13 +78,3 @@ def dot_rows(b_a, b_b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         b_dots = tl.sum(b_parts, 0)
     return b_dots
 
-
-@triton.jit
-def attends(start_m, start_n, Nq, Nk, ROWS: tl.constexpr, COLS: tl.constexpr, CAUSAL: tl.constexpr):
-    """(ROWS, COLS) bool: does query start_m + i attend to key start_n + j? Causal is aligned bottom-right."""
-    o_m = start_m + tl.arange(0, ROWS)
-    o_n = start_n + tl.arange(0, COLS)
-    keep = (o_n < Nk)[None, :]
-    if CAUSAL:
-        keep = keep & (o_n[None, :] <= o_m[:, None] + (Nk - Nq))
-    return keep
