@@ -67,6 +67,6 @@ gpu: $(READY)
 		echo 'On Debian and Ubuntu: sudo apt-get install python3-venv. Then run make $(MAKECMDGOALS) again.'; exit 1; }
 	@echo 'Setting up .venv, once: PyTorch is a large download, so this takes some minutes.'
 	@$(PYTHON) -m venv .venv
-	@$(RUN) -m pip install --disable-pip-version-check -e '.[course,transformers,dev]' -c constraints.txt
+	@$(RUN) -m pip install --disable-pip-version-check -e '.[course,dev]' -c constraints.txt
 	@$(RUN) -m jupyter labextension disable '@jupyterlab/apputils-extension:announcements' 2>/dev/null  # asks each new user about news
 	@touch $@

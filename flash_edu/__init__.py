@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         flash_attention_with_lse,
         merge_attention,
     )
-    from flash_edu.kvcache import flash_attention_kvcache
     from flash_edu.modules import FlashAttention, MultiHeadFlashAttention
     from flash_edu.packing import pack, unpack
     from flash_edu.patterns import Pattern
@@ -33,7 +32,6 @@ _MODULES = {  # where each public name is
     "Pattern": "patterns",
     "available_backends": "attention",
     "flash_attention": "attention",
-    "flash_attention_kvcache": "kvcache",
     "flash_attention_varlen": "attention",
     "flash_attention_varlen_with_lse": "attention",
     "flash_attention_with_lse": "attention",
@@ -47,7 +45,6 @@ __all__ = [
     "Pattern",
     "available_backends",
     "flash_attention",
-    "flash_attention_kvcache",
     "flash_attention_varlen",
     "flash_attention_varlen_with_lse",
     "flash_attention_with_lse",

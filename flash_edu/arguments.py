@@ -92,7 +92,7 @@ def check_scale(scale: object) -> float:
         TypeError,
         lambda: f"scale must be a Python number (to learn a scale, multiply q by it), got {type(scale).__name__}",
     )
-    require(0 < scale < math.inf, ValueError, lambda: f"scale must be positive and finite, got {scale!r}")
+    require(math.isfinite(scale) and scale > 0, ValueError, lambda: f"scale must be positive and finite, got {scale!r}")
     return float(scale)
 
 
@@ -128,7 +128,9 @@ def check_softcap(softcap: object) -> None:
         TypeError,
         lambda: f"softcap must be a number, got {type(softcap).__name__}",
     )
-    require(0 < softcap < math.inf, ValueError, lambda: f"softcap must be positive and finite, got {softcap!r}")
+    require(
+        math.isfinite(softcap) and softcap > 0, ValueError, lambda: f"softcap must be positive and finite, got {softcap!r}"
+    )
 
 
 def check_mask(mask: object, q: Tensor, k: Tensor) -> None:

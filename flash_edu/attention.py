@@ -6,7 +6,6 @@ from flash_edu import arguments, ops, patterns
 from flash_edu._environment import interpreting, why_no_triton
 from flash_edu.arguments import require, require_tensor
 from flash_edu.patterns import Pattern
-from flash_edu.philox import draw_seed
 from flash_edu.rules import Rules, four_dims, limits, two_dims
 
 BACKENDS = ("auto", "triton", "hopper", "torch")
@@ -212,8 +211,13 @@ def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
     return Rules(
         scale=q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale),
         left=left, right=right, softcap=None if softcap is None else float(softcap), sinks=sinks,
-        dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None,
+        dropout_p=float(dropout_p), seed=_draw_seed(q.device) if dropout_p > 0 else None,
     )  # fmt: skip
+
+
+def _draw_seed(device: torch.device) -> Tensor:
+    """Seed and offset, from torch's generator and outside of the operator: so that checkpointing draws them again."""
+    return torch.randint(-(2**62), 2**62, (2,), device=device)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, backend: str) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,7 @@ def empty_like_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def empty_output(q: Tensor, v: Tensor) -> Tensor:
-    """Room for out (B, Hq, Nq, Dv), laid out as q where their shapes agree."""
-    return empty_like_rows(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:3], v.shape[-1]))
-
-
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for out, and for lse (B, Hq, Nq), fp32 or wider."""
-    return empty_output(q, v), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    """Room for out (B, Hq, Nq, Dv), laid out as q where their shapes agree, and for lse (B, Hq, Nq), fp32 or wider."""
+    out = empty_like_rows(q) if v.shape[-1] == q.shape[-1] else q.new_empty((*q.shape[:3], v.shape[-1]))
+    return out, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))

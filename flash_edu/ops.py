@@ -1,17 +1,14 @@
 """The two operators PyTorch sees: `flash_edu::attention_forward` and `flash_edu::attention_backward`.
 
-As operators they stay whole under torch.compile, and carry what PyTorch needs to know of them: the shapes they return
-(fake), their gradient (autograd), how they take one more dimension (vmap), how much they compute (flops), and that autocast does
-not reach inside. Behind q, k, v and the backend stand the fields of rules.Rules, one by one: an operator takes tensors and numbers.
+As `torch.library` custom operators they stay whole under torch.compile, and carry what PyTorch needs to know of them: the
+shapes they return (fake), their gradient (autograd), and that autocast does not reach inside. Behind q, k, v and the backend
+stand the fields of rules.Rules, one by one: an operator takes tensors and numbers.
 """
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from flash_edu import flops, reference, rules, vmap
+from flash_edu import reference, rules
 from flash_edu.layout import empty_like_rows, empty_outputs, in_rows
-from flash_edu.operators import operator
 from flash_edu.rules import Rules
 
 NUM_RULES = len(Rules._fields) - 1  # all but first_head
@@ -33,7 +30,11 @@ def arguments(asked: Rules) -> tuple:
     return tuple(asked)[:NUM_RULES]
 
 
-@operator("attention_forward", f"(Tensor q, Tensor k, Tensor v, str backend, {rules.SCHEMA}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    "flash_edu::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, str backend, {rules.SCHEMA}) -> (Tensor, Tensor)",
+)
 def attention_forward(q, k, v, backend, *asked):
     """out (B, Hq, Nq, Dv) and lse (B, Hq, Nq). Arguments are those of `flash_edu.flash_attention`, already checked."""
     out, lse = empty_outputs(q, v)
@@ -51,34 +52,48 @@ def _(q, k, v, backend, *asked):
     return empty_outputs(q, v)
 
 
-@operator(
-    "attention_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool mask_grad, bool sinks_grad, "
+@torch.library.custom_op(
+    "flash_edu::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool mask_grad, bool sinks_grad, "
     f"str backend, {rules.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, backend, *asked):
     """dq, dk, dv, shaped and (see layout.py) laid out as q, k, v; and the gradients of a float mask and of the sinks, empty
     unless asked for."""
     asked = Rules(*asked)
+    dmask, dsinks = (x.zero_() for x in _room_for_more(q, mask_grad, sinks_grad, asked))
+    if out.numel() == 0:
+        return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     delta = reference.row_delta(dout, dlse, out) if mask_grad or sinks_grad else None
-    dsinks = reference.sinks_gradient(asked.sinks, lse, delta) if sinks_grad else q.new_empty(0)
-    if out.numel() == 0 or k.numel() == 0:
-        dmask = asked.mask.new_zeros(asked.mask.shape) if mask_grad else q.new_empty(0)
+    if sinks_grad:
+        dsinks = _sinks_gradient(asked.sinks, lse, delta)
+    if k.numel() == 0:
         return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     _, backward, mask_gradient = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
-        lse = lse.contiguous()  # it is, unless vmap or a user had it
-        dmask = mask_gradient(dout, delta, q, k, v, lse, asked) if mask_grad else q.new_empty(0)
+        if mask_grad:
+            dmask = mask_gradient(dout, delta, q, k, v, lse, asked)
         return *backward(dout, dlse, q, k, v, out, lse, asked), dmask, dsinks
 
 
 @attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, backend, *asked):
-    asked, nothing = Rules(*asked), q.new_empty(0)
-    dmask = asked.mask.new_empty(asked.mask.shape) if mask_grad else nothing
-    dsinks = asked.sinks.new_empty(asked.sinks.shape) if sinks_grad else nothing.clone()
-    return *(empty_like_rows(x) for x in (q, k, v)), dmask, dsinks
+    return *(empty_like_rows(x) for x in (q, k, v)), *_room_for_more(q, mask_grad, sinks_grad, Rules(*asked))
+
+
+def _room_for_more(q: Tensor, mask_grad: bool, sinks_grad: bool, asked: Rules) -> tuple[Tensor, Tensor]:
+    return (
+        asked.mask.new_empty(asked.mask.shape) if mask_grad else q.new_empty(0),
+        asked.sinks.new_empty(asked.sinks.shape) if sinks_grad else q.new_empty(0),
+    )
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink's weight is P = exp(sink - lse) and its value is 0, so that dP = 0 and dS = -P D."""
+    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, Hq, Nq)
+    return -(weight.masked_fill(lse == float("-inf"), 0.0) * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _save(ctx, inputs, output):
@@ -86,7 +101,7 @@ def _save(ctx, inputs, output):
     q, k, v, ctx.backend, *asked = inputs
     asked = Rules(*asked)
     tensors = {name: x for name, x in asked._asdict().items() if isinstance(x, Tensor)}
-    ctx.asked, ctx.names = asked._replace(buffers=[], **dict.fromkeys(tensors)), tuple(tensors)
+    ctx.asked, ctx.names, ctx.num_buffers = asked._replace(buffers=[], **dict.fromkeys(tensors)), tuple(tensors), len(asked.buffers)
     ctx.save_for_backward(q, k, v, *output, *tensors.values(), *asked.buffers)
     ctx.set_materialize_grads(False)  # an output nobody used has no gradient: None, not zeros
 
@@ -101,6 +116,7 @@ def _differentiate(ctx, dout, dlse):
     dq, dk, dv, dmask, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, *wanted, ctx.backend, *arguments(asked))
     gradients = dict.fromkeys(Rules._fields[:NUM_RULES])
     gradients |= {"mask": dmask if wanted[0] else None, "sinks": dsinks if wanted[1] else None}
+    gradients["buffers"] = [None] * ctx.num_buffers
     return dq, dk, dv, None, *gradients.values()
 
 
@@ -115,7 +131,3 @@ def _refuse_twice(ctx, *gradients):
 
 
 attention_backward.register_autograd(_refuse_twice, setup_context=lambda ctx, inputs, output: None)
-
-attention_forward.register_vmap(partial(vmap.forward, attention_forward))
-attention_backward.register_vmap(partial(vmap.backward, attention_backward))
-flops.register({attention_forward: flops.forward_flops, attention_backward: flops.backward_flops})

@@ -30,7 +30,8 @@ class Pattern:
             i and j whole-number blocks that broadcast against each other: the query's and the key's place, from 0, not
             aligned. Use operators, `tl.where`, `tl.abs`, `tl.minimum`, `tl.maximum`, `tl.exp`, `tl.log`, `tl.sqrt`, and
             `tl.load(buffers[0] + offset)`.
-        score_mod: likewise (score, batch, head, i, j, buffers) -> score, after scale, softcap, ALiBi and a float mask.
+        score_mod: likewise (score, batch, head, i, j, buffers) -> score, after scale, softcap, ALiBi and a float mask. What
+            a float mask hides, by -inf, stays hidden.
         score_grad: likewise (score, batch, head, i, j, buffers) -> the derivative of score_mod by its score. The Triton
             backend asks for it when gradients are needed.
         buffers: contiguous tensors that the functions read, on the device of q. They get no gradient.
@@ -67,21 +68,25 @@ class Pattern:
 
     def visible(self, batch, head, i, j) -> Tensor:
         """mask_mod on tensors of places, which broadcast."""
-        return on_tensors(self.mask_mod)(batch, head, i, j, self._pointers())
+        return self._call(self.mask_mod, batch, head, i, j) != 0
 
     def changed(self, s: Tensor, batch, head, i, j) -> Tensor:
         """score_mod on tensors; differentiable."""
-        return on_tensors(self.score_mod)(s, batch, head, i, j, self._pointers())
+        return self._call(self.score_mod, batch, head, i, j, s).to(s.dtype)
 
     def slope(self, s: Tensor, batch, head, i, j) -> Tensor:
         """The derivative of score_mod: score_grad if there is one, otherwise autograd's."""
         if self.score_grad is not None:
-            return torch.as_tensor(on_tensors(self.score_grad)(s, batch, head, i, j, self._pointers()), dtype=s.dtype).expand_as(s)
-        _, gradient = torch.func.vjp(lambda s: self.changed(s, batch, head, i, j), s)  # inside an operator, autograd is off
-        return gradient(torch.ones_like(s))[0]
+            return self._call(self.score_grad, batch, head, i, j, s).to(s.dtype).expand_as(s)
+        with torch.enable_grad():
+            s = s.detach().requires_grad_()
+            return torch.autograd.grad(self.changed(s, batch, head, i, j).sum(), s)[0]
 
-    def _pointers(self) -> tuple["_Pointer", ...]:
-        return tuple(_Pointer(x.flatten()) for x in self.buffers)
+    def _call(self, function: Callable, batch: Tensor, head: Tensor, i: Tensor, j: Tensor, *scores: Tensor) -> Tensor:
+        """One of the functions, on tensors that broadcast."""
+        numbers = (x.as_subclass(_Numbers) for x in (*scores, batch, head, i, j))
+        result = on_tensors(function)(*numbers, tuple(_Pointer(x.flatten()) for x in self.buffers))
+        return torch.as_tensor(result, device=i.device).as_subclass(Tensor)
 
     def plan(self, batch: int, heads: int, kv_heads: int, nq: int, nk: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two plans, (B or 1, heads or 1, tiles, 2 + 2 * other tiles) int32: for each tile of queries the tiles of keys, and for
@@ -107,7 +112,7 @@ class Pattern:
         rows = []
         for start in range(0, nq, PLAN_BLOCK):
             i = torch.arange(start, min(start + PLAN_BLOCK, nq), device=device)[None, None, :, None]
-            seen = torch.as_tensor(self.visible(b, h, i, j), device=device)
+            seen = self.visible(b, h, i, j)
             seen = seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, i.shape[2], nk)))
             any_row, all_rows = seen.any(2), seen.all(2)  # (B or 1, Hq or 1, Nk)
             missing = -nk % PLAN_BLOCK
@@ -133,13 +138,31 @@ def _lists(shown: Tensor, filled: Tensor) -> Tensor:
 
 
 def on_tensors(function: Callable) -> Callable:
-    """The Python function behind a `@triton.jit` function, with `tl` meaning PyTorch."""
+    """The Python function behind a `@triton.jit` function, with `tl` meaning PyTorch, and helpers likewise."""
     python = function.fn
-    names = {name: _Language() if getattr(x, "__name__", "") == "triton.language" else x for name, x in python.__globals__.items()}
-    for name in set(python.__code__.co_names) & set(names):
-        if hasattr(names[name], "fn"):  # a helper, jitted too
-            names[name] = on_tensors(names[name])
-    return types.FunctionType(python.__code__, names, python.__name__, python.__defaults__, python.__closure__)
+    named = python.__code__.co_names
+    names = {name: _in_pytorch(x) if name in named else x for name, x in python.__globals__.items()}
+    cells = tuple(types.CellType(_in_pytorch(cell.cell_contents)) for cell in python.__closure__ or ())
+    return types.FunctionType(python.__code__, names, python.__name__, python.__defaults__, cells)
+
+
+def _in_pytorch(x):
+    """What a name that a Triton function uses stands for on tensors."""
+    if getattr(x, "__name__", "") == "triton.language":
+        return _Language()
+    if hasattr(x, "fn"):  # a helper, jitted too
+        return on_tensors(x)
+    return x.value if type(x).__name__ == "constexpr" else x
+
+
+class _Numbers(Tensor):
+    """Numbers that divide as Triton's do: whole ones towards zero, where PyTorch's go down."""
+
+    def __floordiv__(self, other):
+        return torch.div(self, other, rounding_mode="trunc")
+
+    def __mod__(self, other):
+        return torch.fmod(self, other)
 
 
 class _Pointer:

@@ -12,11 +12,6 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 LOW = 0xFFFFFFFF
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Seed and offset, from torch's generator of the device. Outside of the operators: checkpointing then draws them again."""
-    return torch.randint(-(2**62), 2**62, (2,), device=device)
-
-
 def dropout_threshold(p: float) -> int:
     """A weight is dropped if its 32 random bits are below this."""
     return min(round(p * 2**32), LOW)

@@ -32,14 +32,9 @@ def causal_mask(nq: int, nk: int, device: torch.device | str | None = None) -> T
     return cols <= rows + (nk - nq)
 
 
-def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, dropout_p: float = 0.0
-) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
     """softmax(scale * Q K^T) V, (B, Hq, Nq, Dv), with the N x N matrix in memory. A row with no key gives 0."""
-    rules = plain_rules(q, causal, scale)
-    if dropout_p > 0:
-        rules = rules._replace(dropout_p=dropout_p, seed=philox.draw_seed(q.device))
-    return naive_attention_with_lse(q, k, v, rules=rules)[0]
+    return naive_attention_with_lse(q, k, v, causal=causal, scale=scale)[0]
 
 
 def naive_attention_with_lse(
@@ -67,8 +62,10 @@ def naive_attention_with_lse(
     p = s.softmax(dim=-1).masked_fill(empty, 0.0)
     if rules.sinks is not None:
         sinks = rules.sinks.to(lse.dtype)[:, None]
-        p = p * (lse - torch.logaddexp(lse, sinks)).exp().nan_to_num(0.0)[..., None].to(p.dtype)
-        lse = torch.logaddexp(lse, sinks)
+        nothing = (lse == NEG_INF) & (sinks == NEG_INF)
+        both = torch.logaddexp(lse.masked_fill(nothing, 0.0), sinks.masked_fill(nothing, 0.0))
+        p = p * (lse - both).exp()[..., None].to(p.dtype)
+        lse = both.masked_fill(nothing, NEG_INF)
     if rules.seed is not None:
         p = p * asked.kept(rows, cols) / (1 - rules.dropout_p)
     return p @ v, lse
@@ -157,9 +154,9 @@ def _tiled_backward(dout, q, k, v, lse, delta, dq, dk, dv, rules, block_q, block
             q_i, dout_i, lse_i, delta_i = (x[..., rows, :].to(wide).flatten(2, 3) for x in (q_, dout_, lse_, delta_))
             products = q_i @ k_j.mT
             s, keep = asked.masked(products, rows, cols)
-            p = (s - lse_i.masked_fill(lse_i == NEG_INF, 0.0)).exp()  # (B, Hkv, G*bq, bk)
+            p = asked.weights(s, lse_i)  # (B, Hkv, G*bq, bk)
             dp = asked.dropped(dout_i @ asked.without_unseen(v_j, keep).mT, rows, cols)
-            ds = p * (dp - delta_i) * asked.slopes(products, rows, cols)[0]
+            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[0], keep, rows)
             dv_j += asked.dropped(p, rows, cols).mT @ dout_i
             dk_j += ds.mT @ q_i * rules.scale
             dq_[..., rows, :] += (ds @ asked.without_unseen(k_j, keep) * rules.scale).unflatten(2, (-1, rows.stop - rows.start))
@@ -181,9 +178,10 @@ def mask_gradient(
             q_i, dout_i, lse_i, delta_i = (x[..., rows, :].to(wide).flatten(2, 3) for x in (q_, dout_, lse_, delta_))
             products = q_i @ k_j.mT
             s, keep = asked.masked(products, rows, cols)
-            p = (s - lse_i.masked_fill(lse_i == NEG_INF, 0.0)).exp()
+            p = asked.weights(s, lse_i)
             dp = asked.dropped(dout_i @ asked.without_unseen(v_j, keep).mT, rows, cols)
-            ds = asked.by_head(p * (dp - delta_i) * asked.slopes(products, rows, cols)[1], rows)  # (B, Hq, bq, bk)
+            ds = asked.without_hidden(p * (dp - delta_i) * asked.slopes(products, rows, cols)[1], keep, rows)
+            ds = asked.by_head(ds, rows)  # (B, Hq, bq, bk)
             part = _part(gradient, rows, cols)
             part += ds.sum_to_size(part.shape)
     return gradient.to(rules.mask.dtype)
@@ -196,13 +194,6 @@ def row_delta(dout: Tensor, dlse: Tensor | None, out: Tensor) -> Tensor:
     return delta if dlse is None else delta - dlse
 
 
-def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """(..., Hq), of sinks (..., Hq), lse and delta (..., B, Hq, Nq). A sink's weight is P = exp(sink - lse) and its value is 0,
-    so that dP = 0 and dS = -P D."""
-    weight = (sinks.to(lse.dtype)[..., None, :, None] - lse).exp().masked_fill(lse == NEG_INF, 0.0)
-    return -(weight * delta).sum((-3, -1)).to(sinks.dtype)
-
-
 class ScoreRules:
     """What rules.py says, for one tile of scores at a time: rows and cols are slices of the queries and of the keys."""
 
@@ -211,7 +202,9 @@ class ScoreRules:
         self.batch, self.heads, self.nq, self.nk = (*q.shape[:3], k.shape[2])
         self.offset = self.nk - self.nq
         self.pattern = patterns.get(rules.pattern)
-        self.hides = rules.padding is not None or self._boolean() or (self.pattern and self.pattern.mask_mod) is not None
+        before_all = rules.left is not None and self.offset > rules.left  # keys further back than the first query's window
+        masked = rules.padding is not None or self._boolean() or (self.pattern and self.pattern.mask_mod) is not None
+        self.hides = before_all or masked  # some keys from every query, perhaps
         self.changes = rules.softcap is not None or rules.slopes is not None or self.pattern is not None or (
             rules.mask is not None and not self._boolean()
         )  # fmt: skip
@@ -235,8 +228,9 @@ class ScoreRules:
         if self.rules.softcap is not None:
             s = self.rules.softcap * (s / self.rules.softcap).tanh()
         s = self._after_softcap(s, rows, cols)
-        if self.pattern is not None and self.pattern.score_mod is not None:
-            s = self.pattern.changed(s, *self._places(rows, cols)).to(s.dtype)
+        if self._modifies():
+            hidden = s == NEG_INF  # what a float mask hides stays hidden, and has no gradient
+            s = self.pattern.changed(s.masked_fill(hidden, 0.0), *self._places(rows, cols)).masked_fill(hidden, NEG_INF)
         return s
 
     def _after_softcap(self, s: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -254,10 +248,17 @@ class ScoreRules:
         if self.rules.softcap is not None:
             tanh = (s / self.rules.softcap).tanh()
             s, slope = self.rules.softcap * tanh, 1 - tanh * tanh
-        if self.pattern is not None and self.pattern.score_mod is not None:
+        if self._modifies():
             before = self._after_softcap(self.by_head(s, rows), rows, cols)
-            mask_slope = self.pattern.slope(before, *self._places(rows, cols)).reshape(s.shape)
+            hidden = before == NEG_INF
+            mask_slope = self.pattern.slope(before.masked_fill(hidden, 0.0), *self._places(rows, cols))
+            mask_slope = mask_slope.masked_fill(hidden, 0.0).reshape(s.shape)
         return slope * mask_slope, mask_slope
+
+    def weights(self, s: Tensor, lse: Tensor) -> Tensor:
+        """P again, from scores and lse. Never more than 1: a mask of -1e9 loses the difference to rounding."""
+        exponent = s - lse.masked_fill(lse == NEG_INF, 0.0)
+        return (exponent.clamp(max=0.0) if self.changes else exponent).exp()
 
     def visible(self, rows: slice, cols: slice) -> Tensor | None:
         """Which pairs attend, broadcastable to (B, Hq, bq, bk); None: all of them."""
@@ -271,7 +272,7 @@ class ScoreRules:
         if self.rules.padding is not None:
             keep.append(self.rules.padding[:, None, None, cols])
         if self.pattern is not None and self.pattern.mask_mod is not None:
-            keep.append(torch.as_tensor(self.pattern.visible(*self._places(rows, cols)), device=self.device))
+            keep.append(self.pattern.visible(*self._places(rows, cols)))
         result = keep[0] if keep else None
         for other in keep[1:]:
             result = result & other
@@ -290,6 +291,12 @@ class ScoreRules:
         seen = keep.expand(*torch.broadcast_shapes(keep.shape, (1, 1, 1, x.shape[2]))).any(2)  # (B or 1, Hq or 1, bk)
         seen = seen.unflatten(1, (x.shape[1], -1)).any(2) if seen.shape[1] > 1 else seen
         return x.masked_fill(~seen[..., None], 0.0)
+
+    def without_hidden(self, ds: Tensor, keep: Tensor | None, rows: slice) -> Tensor:
+        """dS, (B, Hkv, G*bq, bk), in place: the derivative of a hidden score may be NaN, and so is 0 * NaN."""
+        if keep is not None and self.hides:
+            self.by_head(ds, rows).masked_fill_(~keep, 0.0)
+        return ds
 
     def kept(self, rows: slice, cols: slice) -> Tensor:
         """The weights that dropout keeps, (B, Hq, bq, bk) bool."""
@@ -322,6 +329,9 @@ class ScoreRules:
             hi = min(hi, cols.stop - self.offset + self.rules.left)
         for i in range(lo // block * block, max(hi, 0), block):
             yield slice(i, min(i + block, self.nq))
+
+    def _modifies(self) -> bool:
+        return self.pattern is not None and self.pattern.score_mod is not None
 
     def _boolean(self) -> bool:
         return self.rules.mask is not None and self.rules.mask.dtype == torch.bool

@@ -113,7 +113,8 @@ def eager(case: Case) -> dict[str, Tensor]:
         for name, other in others.items():
             if _largest(other.double() - right[name]) > _largest(answer[name].double() - right[name]):
                 answer[name] = other
-    return answer
+    wide = saved[1].dtype  # a fp64 mask or sink does not make its gradient more exact than what it is computed in
+    return {name: x.to(wide) if x.dtype == torch.float64 else x for name, x in answer.items()}
 
 
 def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0.0) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float =
     asked, rows, cols = ScoreRules(rules, q, k), slice(0, q.shape[2]), slice(0, k.shape[2])
     products = q @ k.mT + slack * (q.abs() @ k.abs().mT)
     s, _ = asked.masked(products, rows, cols)
-    p = (s - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
+    p = asked.weights(s, lse[..., None])
     dp = asked.dropped(dout @ v.mT + slack * (dout.abs() @ v.abs().mT), rows, cols)
     slope, mask_slope = asked.slopes(products, rows, cols)
     ds = p * (dp - delta[..., None])

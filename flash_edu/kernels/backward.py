@@ -24,16 +24,21 @@ from flash_edu.kernels.launch import (
 )
 from flash_edu.kernels.scores import (
     changed_scores_and_slopes,
+    changes_scores,
     dropout_keeps,
+    hides_any,
+    hides_keys,
     kernel_rules,
     key_at,
     keys_walk,
+    load_keys,
     load_lse,
     queries_walk,
     query_at,
     sequence,
     units,
     visible,
+    weights,
     zero_unseen,
 )
 from flash_edu.kernels.tiles import choose_tile
@@ -91,8 +96,8 @@ def dk_dv_kernel(
             return
     p_k = k_ptr + batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
     p_v = v_ptr + batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
-    b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, True)
-    b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, True)
+    b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, True)
+    b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=WIDE)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=WIDE)
     j = start_n + tl.arange(0, BLOCK_N)[:, None]
@@ -114,10 +119,10 @@ def dk_dv_kernel(
         )  # fmt: skip
         b_lse = load_lse(lse_ptr + p_row, o_m, Nq)
         b_st = dot_rows(b_k, b_q, SPLIT, PRECISION)  # (BLOCK_N, BLOCK_M)
-        if rules.CHANGES_SCORES:
+        if changes_scores(rules):
             b_st, b_slope, _ = changed_scores_and_slopes(b_st * scale, batch, head, i, j, Nq, Nk, rules)
-        b_pt = tl.exp2(b_st * to_log2 - b_lse[None, :])
-        if rules.HIDES_ANY:
+        b_pt = weights(b_st, b_lse[None, :], to_log2, rules)
+        if hides_any(rules):
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_pt = tl.where(b_keep, b_pt, 0.0)
         b_do = load_tile(
@@ -134,9 +139,9 @@ def dk_dv_kernel(
         if rules.seed is not None:
             b_dpt = tl.where(b_kept, b_dpt * rules.dropout_scale, 0.0)
         b_dst = b_pt * (b_dpt - b_delta[None, :])
-        if rules.CHANGES_SCORES:
+        if changes_scores(rules):
             b_dst *= b_slope
-        if rules.HIDES_KEYS:
+        if hides_keys(rules):
             b_dst = tl.where(b_keep, b_dst, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
         b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=b_dk.dtype)
         position += BLOCK_M
@@ -161,23 +166,23 @@ def accumulate_dq(
     for position in range(lo, hi, BLOCK_N):
         start_n = key_at(position, tiles, hole_start, hole, rules, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, MASKED)
+        b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, MASKED)
         b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if rules.CHANGES_SCORES:
+        if changes_scores(rules):
             b_s, b_slope, _ = changed_scores_and_slopes(b_s * scale, batch, head, i, j, Nq, Nk, rules)
-        b_p = tl.exp2(b_s * to_log2 - b_lse[:, None])
+        b_p = weights(b_s, b_lse[:, None], to_log2, rules)
         if MASKED:
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_p = tl.where(b_keep, b_p, 0.0)
-        b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, MASKED)
+        b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, MASKED)
         b_dp = dot_rows(b_do, b_v, SPLIT, PRECISION)
         if rules.seed is not None:
             b_kept = dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK_M, BLOCK_N)
             b_dp = tl.where(b_kept, b_dp * rules.dropout_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if rules.CHANGES_SCORES:
+        if changes_scores(rules):
             b_ds *= b_slope
-        if MASKED and rules.HIDES_KEYS:
+        if MASKED and hides_keys(rules):
             b_ds = tl.where(b_keep, b_ds, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
             b_k = zero_unseen(b_k, tl.max(b_keep.to(tl.int32), 0) > 0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)

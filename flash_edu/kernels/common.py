@@ -35,15 +35,18 @@ def tile_mask(start, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS:
 @triton.jit
 def load_tile(
     ptr, start, stride_row, num_rows,
-    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr, first_row=None,
 ):  # fmt: skip
-    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix.
+    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix, which begins at first_row if that is given.
 
     CHECK_ROWS = False promises that all rows exist. Columns need checking when the head dim is not a power of two.
     """
     p_tile = tile_pointers(ptr, start, stride_row, ROWS, COLS)
     if CHECK_ROWS:
-        b_tile = tl.load(p_tile, mask=tile_mask(start, num_rows, NUM_COLS, ROWS, COLS), other=0.0)
+        mask = tile_mask(start, num_rows, NUM_COLS, ROWS, COLS)
+        if first_row is not None:
+            mask = mask & (start + tl.arange(0, ROWS) >= first_row)[:, None]
+        b_tile = tl.load(p_tile, mask=mask, other=0.0)
     elif NUM_COLS != COLS:
         b_tile = tl.load(p_tile, mask=(tl.arange(0, COLS) < NUM_COLS)[None, :], other=0.0)
     else:

@@ -20,13 +20,17 @@ from flash_edu.kernels.launch import (
 )
 from flash_edu.kernels.scores import (
     changed_scores,
+    changes_scores,
     dropout_keeps,
+    hides_keys,
     kernel_rules,
     key_at,
     keys_walk,
+    load_keys,
     sequence,
     units,
     visible,
+    weights,
     zero_unseen,
 )
 from flash_edu.kernels.tiles import choose_tile
@@ -46,23 +50,23 @@ def attend_to_tiles(
     for position in range(lo, hi, BLOCK_N):
         start_n = key_at(position, tiles, hole_start, hole, rules, BLOCK_N)
         j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, MASKED)
+        b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, MASKED)
         b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if rules.CHANGES_SCORES:
+        if changes_scores(rules):
             b_s = changed_scores(b_s * scale, batch, head, i, j, Nq, Nk, rules)
         if MASKED:
             b_keep = visible(batch, head, i, j, Nq, Nk, rules)
             b_s = tl.where(b_keep, b_s, float("-inf"))
         b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * to_log2)
         b_anchor = b_m_new
-        if MASKED or rules.CHANGES_SCORES:
+        if MASKED or changes_scores(rules):
             b_anchor = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)  # -inf - -inf is not a number
-        b_p = tl.exp2(b_s * to_log2 - b_anchor[:, None])
+        b_p = weights(b_s, b_anchor[:, None], to_log2, rules)
         b_rescale = tl.exp2(b_m - b_anchor)
         b_l = b_l * b_rescale + tl.sum(b_p, 1)
         b_o = b_o * b_rescale[:, None]
-        b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, MASKED)
-        if MASKED and rules.HIDES_KEYS:
+        b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, MASKED)
+        if MASKED and hides_keys(rules):
             b_v = zero_unseen(b_v, tl.max(b_keep.to(tl.int32), 0) > 0)
         if rules.seed is not None:
             b_p = tl.where(dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK_M, BLOCK_N), b_p, 0.0)

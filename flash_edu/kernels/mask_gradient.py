@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_edu.kernels.common import SIZES, dot_rows, load_tile
 from flash_edu.kernels.launch import device_of, dot_precision, head_blocks, lse_strides, row_strides, wide
-from flash_edu.kernels.scores import changed_scores_and_slopes, dropout_keeps, kernel_rules, load_lse, units, visible
+from flash_edu.kernels.scores import changed_scores_and_slopes, dropout_keeps, kernel_rules, load_keys, load_lse, units, visible, weights
 from flash_edu.rules import Rules
 
 BLOCK = 32
@@ -50,12 +50,12 @@ def mask_gradient_kernel(
                     p_v = v_ptr + batch * stride_vb + head // group * stride_vh
                     p_row = batch * stride_lb + head * stride_lh
                     b_q = load_tile(p_q, start_m, stride_qm, Nq, D, BLOCK, BLOCK_D, True)
-                    b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK, BLOCK_D, True)
+                    b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK, BLOCK_D, True)
                     b_s = dot_rows(b_q, b_k, SPLIT, PRECISION) * scale
                     b_s, _, b_slope = changed_scores_and_slopes(b_s, batch, head, i, j, Nq, Nk, rules)
-                    b_p = tl.exp2(b_s * to_log2 - load_lse(lse_ptr + p_row, o_m, Nq)[:, None])
+                    b_p = weights(b_s, load_lse(lse_ptr + p_row, o_m, Nq)[:, None], to_log2, rules)
                     b_do = load_tile(p_do, start_m, stride_dom, Nq, DV, BLOCK, BLOCK_DV, True)
-                    b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK, BLOCK_DV, True)
+                    b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK, BLOCK_DV, True)
                     b_dp = dot_rows(b_do, b_v, SPLIT, PRECISION)
                     if rules.seed is not None:
                         b_kept = dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK, BLOCK)
@@ -66,7 +66,7 @@ def mask_gradient_kernel(
 
     rows = Nq if QUERIES else 1
     cols = Nk if KEYS else 1
-    o_m = tile_m * BLOCK + tl.arange(0, BLOCK)
+    o_m = tile_m.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_n = tile_n * BLOCK + tl.arange(0, BLOCK)
     p_mask = dmask_ptr + which * rows * cols
     if QUERIES and KEYS:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_edu import patterns
-from flash_edu.kernels.common import LOG2E
+from flash_edu.kernels.common import LOG2E, load_tile
 from flash_edu.philox import ROUNDS, dropout_threshold
 from flash_edu.rules import Rules
 
@@ -21,7 +21,7 @@ PLAN_BLOCK = tl.constexpr(patterns.PLAN_BLOCK)
 
 
 class KernelRules(NamedTuple):
-    """Rules as a kernel takes them: tensors become pointers. None: not asked for. Names in capitals are known when compiling."""
+    """Rules as a kernel takes them: tensors become pointers. None: not asked for."""
 
     left: int | None
     right: int | None
@@ -45,9 +45,6 @@ class KernelRules(NamedTuple):
     buffers: tuple[Tensor, ...]
     plan: Tensor | None  # of the walk that this kernel makes, see patterns.py
     plan_strides: tuple[int, ...] | None  # over batch, heads, tiles
-    CHANGES_SCORES: tl.constexpr  # are scores more than scaled products?
-    HIDES_KEYS: tl.constexpr  # does a mask hide keys that a walk cannot leave out? Then no tile may be taken as a whole
-    HIDES_ANY: tl.constexpr
 
 
 def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
@@ -63,8 +60,6 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
     pattern = patterns.get(rules.pattern)
     plan = _plan_of(pattern, rules, q, k, walk)
     drops = rules.dropout_p > 0
-    hides_keys = boolean or padding is not None or (pattern and pattern.mask_mod) is not None
-    hides_any = hides_keys or rules.left is not None or rules.right is not None
     return KernelRules(
         left=rules.left,
         right=rules.right,
@@ -76,7 +71,7 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         mask_strides=None if mask is None else mask.stride(),
         padding=None if padding is None else padding.view(torch.uint8),
         real=None if padding is None else _real_range(padding),
-        sinks=None if rules.sinks is None else rules.sinks.contiguous(),
+        sinks=rules.sinks,
         seed=rules.seed if drops else None,
         dropout_threshold=dropout_threshold(rules.dropout_p) if drops else None,
         dropout_scale=1 / (1 - rules.dropout_p) if drops else None,
@@ -88,20 +83,12 @@ def kernel_rules(rules: Rules, q: Tensor, k: Tensor, walk: int) -> KernelRules:
         buffers=tuple(rules.buffers),
         plan=plan,
         plan_strides=None if plan is None else _steps(plan),
-        CHANGES_SCORES=tl.constexpr(_changes_scores(rules, boolean, pattern)),
-        HIDES_KEYS=tl.constexpr(hides_keys),
-        HIDES_ANY=tl.constexpr(hides_any),
     )
-
-
-def _changes_scores(rules: Rules, boolean: bool, pattern: patterns.Pattern | None) -> bool:
-    added = rules.slopes is not None or (rules.mask is not None and not boolean)
-    return rules.softcap is not None or added or (pattern and pattern.score_mod) is not None
 
 
 def units(rules: Rules, asked: KernelRules) -> tuple[float, float]:
     """The scale, and what turns the kernel's scores into base 2: products are not scaled yet, changed scores are."""
-    to_log2 = LOG2E.value if asked.CHANGES_SCORES.value else rules.scale * LOG2E.value
+    to_log2 = LOG2E.value if changes_scores.fn(asked) else rules.scale * LOG2E.value
     return rules.scale, to_log2
 
 
@@ -128,12 +115,36 @@ def _real_range(padding: Tensor) -> Tensor:
     return torch.stack((first, end), 1)
 
 
+# --- what is asked ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def changes_scores(rules):
+    """Are scores more than scaled products?"""
+    return rules.softcap is not None or rules.slopes is not None or rules.bias is not None or rules.score_mod is not None
+
+
+@triton.jit
+def hides_keys(rules):
+    """Does a mask hide keys that a walk cannot leave out? Then no tile may be taken as a whole."""
+    return rules.keep is not None or rules.padding is not None or rules.mask_mod is not None
+
+
+@triton.jit
+def hides_any(rules):
+    return hides_keys(rules) or rules.left is not None or rules.right is not None
+
+
 # --- scores -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
+    """By the exponential; by its series where x is small, and 1 - 2 / (e + 1) would lose the digits of x."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    small = 1e-4 if x.dtype == tl.float64 else 0.0625  # the next term is within rounding
+    return tl.where(square < small, series, 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit
@@ -156,6 +167,8 @@ def changed_scores_and_slopes(b_s, batch, head, i, j, Nq, Nk, rules):
     if rules.score_grad is not None:
         b_before = after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, False)
         b_mask_slope = rules.score_grad(b_before, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        if rules.bias is not None:
+            b_mask_slope = tl.where(b_before == float("-inf"), 0.0, b_mask_slope)
         b_slope *= b_mask_slope
     return after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, True), b_slope, b_mask_slope
 
@@ -170,8 +183,20 @@ def after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, SCORE_MOD: tl.constexpr
         p_bias = rules.bias + mask_offsets(batch, head, i, j, rules)
         b_s += tl.load(p_bias, mask=(i < Nq) & (j < Nk), other=0.0).to(b_s.dtype)
     if SCORE_MOD and rules.score_mod is not None:
-        b_s = rules.score_mod(b_s, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        b_changed = rules.score_mod(b_s, batch, head, i, j, rules.buffers).to(b_s.dtype)
+        if rules.bias is not None:
+            b_changed = tl.where(b_s == float("-inf"), b_s, b_changed)  # what a float mask hides stays hidden
+        b_s = b_changed
     return b_s
+
+
+@triton.jit
+def weights(b_s, b_anchor, to_log2, rules):
+    """exp2(to_log2 * score - anchor), and never more than 1: a mask of -1e9 loses the difference to rounding."""
+    b_exponent = b_s * to_log2 - b_anchor
+    if rules.bias is not None or rules.score_mod is not None:
+        b_exponent = tl.where(b_exponent > 0.0, 0.0, b_exponent)  # not tl.minimum, which may hide a NaN
+    return tl.exp2(b_exponent)
 
 
 @triton.jit
@@ -197,7 +222,7 @@ def visible(batch, head, i, j, Nq, Nk, rules):
         p_keep = rules.keep + mask_offsets(batch, head, i, j, rules)
         keep = keep & (tl.load(p_keep, mask=(i < Nq) & (j < Nk), other=0) != 0)
     if rules.mask_mod is not None:
-        keep = keep & (i < Nq) & rules.mask_mod(batch, head, i, j, rules.buffers)
+        keep = keep & (i < Nq) & (rules.mask_mod(batch, head, i, j, rules.buffers) != 0)
     return keep
 
 
@@ -206,6 +231,19 @@ def load_lse(p_lse, i, Nq):
     """The log-sum-exp of the queries i in base 2; +inf, which makes every weight 0, where a query sees nothing or is none."""
     b_lse = tl.load(p_lse + i, mask=i < Nq, other=float("inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def load_keys(
+    ptr, start, stride_row, Nq, Nk, rules,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of K or V. Those further back than the first query's window, which nobody sees, are not loaded."""
+    if rules.left is not None:
+        b_rows = load_tile(ptr, start, stride_row, Nk, NUM_COLS, ROWS, COLS, CHECK_ROWS, Nk - Nq - rules.left)
+    else:
+        b_rows = load_tile(ptr, start, stride_row, Nk, NUM_COLS, ROWS, COLS, CHECK_ROWS)
+    return b_rows
 
 
 @triton.jit
@@ -268,8 +306,9 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
         full_lo = tl.maximum(0, start_m + BLOCK_M - 1 + Nk - Nq - rules.left)
         first = tl.maximum(first, start_m + Nk - Nq - rules.left)
     if rules.real is not None or rules.left is not None:
+        end = tl.where(first < end, end, 0)
         first = first // BLOCK_N * BLOCK_N
-    if rules.HIDES_KEYS:
+    if hides_keys(rules):
         full_lo = first
         full_hi = first
     full_hi = full_hi // BLOCK_N * BLOCK_N
@@ -283,7 +322,8 @@ def keys_seen(start_m, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 def key_at(position, tiles, hole_start, hole, rules, BLOCK_N: tl.constexpr):
     """The first key of the tile at a position of a walk."""
     if rules.plan is not None:
-        start_n = tl.load(tiles + position // PLAN_BLOCK) * PLAN_BLOCK + position % PLAN_BLOCK
+        number = position // PLAN_BLOCK
+        start_n = tl.load(tiles + number) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     elif rules.left is not None:
         start_n = tl.where(position >= hole_start, position + hole, position)
     else:
@@ -310,13 +350,17 @@ def queries_seeing(start_n, batch, Nq, Nk, rules, BLOCK_M: tl.constexpr, BLOCK_N
     """start .. end, and start is a multiple of BLOCK_M."""
     start = 0
     end = Nq
-    if rules.right is not None:
-        start = tl.maximum(0, start_n - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
-    if rules.left is not None:
-        end = tl.minimum(Nq, tl.maximum(0, start_n + BLOCK_N - (Nk - Nq) + rules.left))
+    first_key = start_n
+    end_key = start_n + BLOCK_N
     if rules.real is not None:
-        past = (start_n >= tl.load(rules.real + 2 * batch + 1)) | (start_n + BLOCK_N <= tl.load(rules.real + 2 * batch))
-        end = tl.where(past, 0, end)
+        first_key = tl.maximum(first_key, tl.load(rules.real + 2 * batch))
+        end_key = tl.minimum(end_key, tl.load(rules.real + 2 * batch + 1))
+    if rules.right is not None:
+        start = tl.maximum(0, first_key - (Nk - Nq) - rules.right) // BLOCK_M * BLOCK_M
+    if rules.left is not None:
+        end = tl.minimum(Nq, tl.maximum(0, end_key - (Nk - Nq) + rules.left))
+    if rules.real is not None:
+        end = tl.where(first_key < end_key, end, 0)
     return start, end
 
 
@@ -327,7 +371,7 @@ def query_at(position, tiles, num_full, rules):
         number = position // PLAN_BLOCK
         most = (rules.plan_strides[2] - 2) // 2
         place = tl.where(number < num_full, number, number - num_full + most)
-        start_m = tl.load(tiles + place) * PLAN_BLOCK + position % PLAN_BLOCK
+        start_m = tl.load(tiles + place) * PLAN_BLOCK + (position - number * PLAN_BLOCK)
     else:
         start_m = position
     return start_m

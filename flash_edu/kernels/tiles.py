@@ -45,56 +45,6 @@ def choose_tile(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.de
     """The tile of `kernel` ("forward", "backward_kv" or "backward_q") for the larger of the two head dims."""
     if device.type == "cpu":
         return INTERPRETED[kernel]
-    return TILES[kernel, _gpu(dtype, device), dtype.itemsize][_row(head_dim)]
-
-
-def _gpu(dtype: torch.dtype, device: torch.device) -> str:
-    return "sm_90" if dtype.itemsize == 2 and torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
-
-
-def _row(head_dim: int) -> int:
-    return next(i for i, limit in enumerate(HEAD_DIMS) if head_dim <= limit)
-
-
-class DecodeTile(NamedTuple):
-    """A tile of the decoding kernel, where rows are queries times the query heads that share a key/value head."""
-
-    block_m: int  # rows
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
-    apart: bool  # each warp walks keys of its own; else the warps share every product, which takes fewer registers
-    split: int = 1  # as in Tile
-
-    @property
-    def resident(self) -> int:
-        """How many programs fit on a multiprocessor: its 65536 registers hold 8 warps of 32 threads with 255 each."""
-        return max(1, 8 // self.num_warps)
-
-    def options(self, *, paged: bool) -> dict[str, int]:
-        """As keyword arguments of a launch. With pages, loading a key takes two loads, the first for its page, and the compiler
-        gives each half of the stages."""
-        stages = 2 * self.num_stages - 1 if paged else self.num_stages
-        warps = self.num_warps if self.apart else 1
-        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "WARPS": warps, "SPLIT": self.split}
-        return sizes | {"num_warps": self.num_warps, "num_stages": stages}
-
-
-# (GPU, bytes of an element, rows) -> a tile for each of HEAD_DIMS. 16 rows are the fewest that tl.dot takes; fp32 has only those,
-# since more would not fit in registers.
-DECODE_TILES = {
-    ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3, True), DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 32, 4, 4, False)),
-    ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 8, 3, False)),
-    ("sm_80", 2, 16): (DecodeTile(16, 64, 4, 4, True), DecodeTile(16, 64, 4, 3, True), DecodeTile(16, 32, 4, 3, False)),
-    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3, False), DecodeTile(64, 32, 4, 4, False), DecodeTile(64, 32, 8, 2, False)),
-    ("sm_80", 4, 16): (DecodeTile(16, 32, 4, 4, False), DecodeTile(16, 32, 4, 3, False), DecodeTile(16, 16, 8, 2, False, 8)),
-}
-INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1, True), 64: DecodeTile(64, 16, 2, 1, False, 2)}
-
-
-def choose_decode_tile(head_dim: int, rows: int, dtype: torch.dtype, device: torch.device) -> DecodeTile:
-    """The tile for the larger of the two head dims, and so many rows that share a key/value head."""
-    block_m = 16 if rows <= 16 or dtype.itemsize > 2 and device.type == "cuda" else 64
-    if device.type == "cpu":
-        return INTERPRETED_DECODE[block_m]
-    return DECODE_TILES[_gpu(dtype, device), dtype.itemsize, block_m][_row(head_dim)]
+    gpu = "sm_90" if dtype.itemsize == 2 and torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+    row = next(i for i, limit in enumerate(HEAD_DIMS) if head_dim <= limit)
+    return TILES[kernel, gpu, dtype.itemsize][row]

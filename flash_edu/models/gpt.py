@@ -14,9 +14,9 @@ from flash_edu.modules import MultiHeadFlashAttention
 from flash_edu.reference import naive_attention
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, dropout_p: float = 0.0) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """PyTorch's own. It aligns the causal mask top-left, which is the same here, where Nq = Nk."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 # "flash_edu": None, so that MultiHeadFlashAttention uses its own. "naive" writes the N x N weights to memory.
@@ -24,9 +24,7 @@ ATTENTIONS = {"flash_edu": None, "sdpa": sdpa_attention, "naive": naive_attentio
 
 
 def pick_attention(attention: str | Callable | None) -> Callable | None:
-    """A name from ATTENTIONS, or your own function (q, k, v, *, causal) -> out, or None for flash_edu's.
-
-    In training it is also given dropout_p, if the model has dropout."""
+    """A name from ATTENTIONS, or your own function (q, k, v, *, causal) -> out, or None for flash_edu's."""
     if attention is None or callable(attention):
         return attention
     if attention not in ATTENTIONS:
@@ -42,8 +40,6 @@ class TransformerBlock(nn.Module):
     through additions only, and a deep stack trains without a delicate warmup (Xiong et al. 2020,
     arXiv:2002.04745). GPT-2 and most models since do it. The price: the output of the stack is not
     normalised, so whoever stacks blocks adds one norm at the end.
-
-    Dropout as in GPT-2, of the attention weights, inside the kernel, and of what each part adds; and within the small network.
 
     Args: as in `MultiHeadFlashAttention`; `attention` may also be a name, "flash_edu", "sdpa" or "naive".
     """
@@ -62,7 +58,6 @@ class TransformerBlock(nn.Module):
         self.attention = MultiHeadFlashAttention(
             d_model, num_heads, causal=causal, dropout=dropout, attention=pick_attention(attention)
         )
-        self.dropout = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.ffn = nn.Sequential(
             nn.Linear(d_model, 4 * d_model),
@@ -73,7 +68,7 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), key_padding_mask=key_padding_mask))  # (B, N, C)
+        x = x + self.attention(self.norm1(x), key_padding_mask=key_padding_mask)  # (B, N, C)
         x = x + self.ffn(self.norm2(x))  # (B, N, C)
         return x
 

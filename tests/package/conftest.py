@@ -1,12 +1,8 @@
 """The package's tests run on whatever this machine has: a GPU in full, or Triton's interpreter at small sizes."""
-import os
-
 import pytest
 from this_machine import DEVICE, ON_GPU
 
 import flash_edu
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # transformers looks at it once; models here have random weights
 
 
 @pytest.fixture

@@ -62,26 +62,17 @@ WRONG_CALLS = {
     "merge: out shapes": (
         lambda: merge_attention(x(), x(2, 4, 8), x(2, 4, 9, 16), x(2, 4, 9)), ValueError, ["out_b", "(2, 4, 9, 16)"]
     ),
-    "module: causal": (lambda: FlashAttention(causal=1), TypeError, ["causal", "True or False", "1"]),
-    "module: dropout of 1": (lambda: FlashAttention(dropout=1), ValueError, ["dropout", "less than 1", "got 1"]),
-    "module: scale": (lambda: FlashAttention(scale=-1.0), ValueError, ["scale", "positive", "-1.0"]),
-    "module: window": (lambda: FlashAttention(window=3), TypeError, ["window", "pair", "3"]),
-    "module: softcap": (lambda: FlashAttention(softcap=-1.0), ValueError, ["softcap", "positive", "-1.0"]),
-    "module: its window": (lambda: MultiHeadFlashAttention(64, 4, window=(-2, 0)), ValueError, ["window", "-1", "(-2, 0)"]),
-    "module: its softcap": (lambda: MultiHeadFlashAttention(64, 4, softcap="30"), TypeError, ["softcap", "number", "str"]),
+    "module: dropout": (lambda: FlashAttention(dropout=0.1), NotImplementedError, ["dropout", "0.1"]),
+    "module: window": (lambda: FlashAttention(window=(1, 1)), NotImplementedError, ["window", "(1, 1)"]),
+    "module: softcap": (lambda: FlashAttention(softcap=1.0), NotImplementedError, ["softcap", "1.0"]),
     "module: dropout of 2": (lambda: MultiHeadFlashAttention(64, 4, dropout=2.0), ValueError, ["dropout", "2.0"]),
     "module: heads": (lambda: MultiHeadFlashAttention(100, 3), ValueError, ["d_model", "num_heads", "100", "3"]),
     "module: no heads": (lambda: MultiHeadFlashAttention(64, 0), ValueError, ["num_heads", "0"]),
     "module: kv heads": (lambda: MultiHeadFlashAttention(64, 4, num_kv_heads=3), ValueError, ["num_kv_heads", "4", "3"]),
     "module: padding": (
         lambda: MultiHeadFlashAttention(64, 4)(x(2, 8, 64), key_padding_mask=x(2, 8)),
-        TypeError,
-        ["key_padding_mask", "bool", "real token", "float32"],
-    ),
-    "module: a mask of one head too many": (
-        lambda: MultiHeadFlashAttention(64, 4)(x(2, 8, 64), attn_mask=x(5, 8, 8)),
-        ValueError,
-        ["attn_mask", "(2, 4, 8, 8)", "(5, 8, 8)"],
+        NotImplementedError,
+        ["key_padding_mask"],
     ),
 }  # fmt: skip
 

@@ -1,54 +1,84 @@
-"""Working inside PyTorch: autocast, checkpointing, many processes, CUDA graphs. (Compiling: test_compile.py.)"""
-import functools
-import time
+"""Working inside PyTorch: operators, torch.compile, autocast, checkpointing, modules."""
+import inspect
 
 import pytest
 import torch
-from options import DIM, OPTIONS, ask, learned, packed, skip_if_slow, tensors
 from this_machine import DEVICE, ON_GPU
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from flash_edu import MultiHeadFlashAttention, flash_attention, flash_attention_varlen, flash_attention_with_lse
-from flash_edu.models import TransformerBlock
+import flash_edu
+from flash_edu import FlashAttention, MultiHeadFlashAttention, flash_attention, flash_attention_with_lse, ops
+from flash_edu.reference import naive_attention
 from flash_edu.testing import differentiate, make_case
 
-# autocast
+
+def operands(backend, *, nq=20, nk=30, requires_grad=True):
+    dtype = torch.float16 if backend == "triton" else torch.float32
+    shapes = ((1, 4, nq, 16), (1, 2, nk, 16), (1, 2, nk, 16))
+    return [torch.randn(s, device=DEVICE, dtype=dtype, requires_grad=requires_grad) for s in shapes]
 
 
-def half_dtypes(backend):
-    if ON_GPU:
-        return torch.float16, torch.bfloat16
-    return (torch.float16,) if backend == "triton" else (torch.bfloat16,)  # the interpreter cannot do bf16
+@pytest.mark.parametrize("causal", [False, True])
+def test_opcheck_forward(causal, backend):
+    torch.library.opcheck(ops.attention_forward, (*operands(backend), causal, 0.25, backend))
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_opcheck_backward(with_dlse, backend):
+    q, k, v = operands(backend, requires_grad=False)
+    out, lse = ops.attention_forward(q, k, v, True, 0.25, backend)
+    dlse = torch.randn_like(lse) if with_dlse else None
+    torch.library.opcheck(ops.attention_backward, (torch.randn_like(out), dlse, q, k, v, out, lse, True, 0.25, backend))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic, backend):
+    compiler = "inductor" if ON_GPU else "aot_eager"
+
+    def layer(q, k, v):
+        out, lse = flash_attention_with_lse(q * 1.0, k, v, causal=True, backend=backend)
+        return out.sin(), lse
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for nq, nk in ((20, 30), (33, 47)):
+        inputs = operands(backend, nq=nq, nk=nk)
+        plain, fast = layer(*inputs), compiled(*inputs)
+        grads = [torch.autograd.grad(out.sum() + lse.sum(), inputs) for out, lse in (plain, fast)]
+        for x, y in zip((*plain, *grads[0]), (*fast, *grads[1])):
+            torch.testing.assert_close(x, y)
+
+
+def test_compile_a_module_with_inductor():
+    torch.manual_seed(0)
+    module = MultiHeadFlashAttention(32, 4, causal=True, num_kv_heads=2).to(DEVICE)
+    x = torch.randn(2, 17, 32, device=DEVICE)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_casts_as_sdpa_does(backend):
-    for dtype in half_dtypes(backend):
-        q, k, v = (torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16
+    q, k, v = (torch.randn(1, 2, 20, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    with torch.autocast(DEVICE, dtype=dtype):
+        out = flash_attention(q, k, v, backend=backend)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == dtype == sdpa.dtype
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_autocast_does_not_reach_inside(backend):
+    """The same bits as casting by hand: the accumulators stay fp32."""
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16
+    case = make_case(1, 2, 2, 40, 300, d=16, dtype=dtype, device=DEVICE)
+    by_hand = differentiate(flash_attention_with_lse, case, backend=backend)
+
+    def under_autocast(q, k, v, **kwargs):
         with torch.autocast(DEVICE, dtype=dtype):
-            out = flash_attention(q, k, v, backend=backend)
-            sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        assert out.dtype == dtype == sdpa.dtype
-        out.float().sum().backward()
-        assert q.grad.dtype == torch.float32
+            return flash_attention_with_lse(q, k, v, backend=backend, **kwargs)
 
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_autocast_does_not_reach_inside(option, backend):
-    """The same bits as casting by hand: the accumulators stay fp32, and masks, slopes and sinks keep their own dtype."""
-    skip_if_slow(option, backend)
-    for dtype in half_dtypes(backend):
-        options = {"causal": False} | ask(option, 40, 90)
-        case = make_case(2, 2, 1, 40, 90, d=DIM, dtype=dtype, device=DEVICE, **options)
-        by_hand = differentiate(flash_attention_with_lse, case, backend=backend)
-
-        def under_autocast(q, k, v, dtype=dtype, **kwargs):
-            with torch.autocast(DEVICE, dtype=dtype):
-                return flash_attention_with_lse(q.float(), k.float(), v.float(), backend=backend, **kwargs)
-
-        with torch.autocast(DEVICE, dtype=dtype):
-            got = differentiate(under_autocast, case)
-        assert all(torch.equal(by_hand[name], got[name]) for name in by_hand)
-        assert all(got[f"d{name}"].dtype == torch.float32 for name in ("attn_mask", "sinks") if f"d{name}" in got)
+    with torch.autocast(DEVICE, dtype=dtype):
+        got = differentiate(under_autocast, case)
+    assert all(torch.equal(by_hand[name], got[name]) for name in by_hand)
 
 
 def test_autocast_leaves_fp64_alone():
@@ -57,225 +87,118 @@ def test_autocast_leaves_fp64_alone():
         assert flash_attention(q, q, q, backend="torch").dtype == torch.float64
 
 
-def test_autocast_of_packed_sequences(backend):
-    for dtype in half_dtypes(backend):
-        inputs, rest = packed(backend, (7, 13), (9, 20))
-        inputs = [x.detach().float().requires_grad_() for x in inputs]
-        with torch.autocast(DEVICE, dtype=dtype):
-            out = flash_attention_varlen(*inputs, *rest, backend=backend)
-        assert torch.equal(out, flash_attention_varlen(*(x.to(dtype) for x in inputs), *rest, backend=backend))
-        out.float().sum().backward()
-        assert all(x.grad.dtype == torch.float32 for x in inputs)
-
-
-# checkpointing
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("option", ["causal", "dropout", "many at once"])
-def test_activation_checkpointing(option, reentrant, backend):
-    """The second forward draws the first one's dropout: the same bits as without checkpointing."""
-    asked = ask(option, 20, 30)
-    inputs, more = tensors(backend), learned(asked)
-    attend = lambda *x: flash_attention(*x, **asked, backend=backend)  # noqa: E731
-    runs = []
-    for run in (attend, functools.partial(checkpoint, attend, use_reentrant=reentrant)):
-        torch.manual_seed(3)
-        out = run(*inputs)
-        torch.randn(5, device=DEVICE)  # the generator has gone on when the backward comes
-        for x in (*inputs, *more):
-            x.grad = None
-        out.square().sum().backward()
-        runs.append((out, *(x.grad for x in (*inputs, *more))))
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
-def test_checkpointing_may_keep_attention_and_recompute_the_rest(backend):
-    """Selective checkpointing knows the operator by name."""
-    calls = []
-
-    def policy(ctx, op, *args, **kwargs):
-        ours = op is torch.ops.flash_edu.attention_forward.default
-        calls.append(ours and not ctx.is_recompute)
-        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
-
-    inputs = tensors(backend)
-    attend = lambda q, k, v: flash_attention(q * 2, k, v, dropout_p=0.3, backend=backend).sin()  # noqa: E731
+def test_activation_checkpointing(reentrant, backend):
     grads = []
-    for run in (attend, functools.partial(
-        checkpoint, attend, use_reentrant=False, context_fn=functools.partial(create_selective_checkpoint_contexts, policy)
-    )):  # fmt: skip
-        torch.manual_seed(3)
-        grads.append(torch.autograd.grad(run(*inputs).sum(), inputs))
-    assert sum(calls) == 1
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        q, k, v = operands(backend)
+        attend = lambda *x: flash_attention(*x, causal=True, backend=backend)  # noqa: E731
+        out = checkpoint(attend, q, k, v, use_reentrant=reentrant) if wrapped else attend(q, k, v)
+        out.sum().backward()
+        grads.append((q.grad, k.grad, v.grad))
     assert all(torch.equal(x, y) for x, y in zip(*grads))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_checkpointing_in_a_compiled_graph(dropout_p, backend):
-    """Here the graph draws the seed again. out is linear in v, so <dv, v> = <dout, out> if both drop the same weights."""
-    attend = lambda *x: flash_attention(*x, dropout_p=dropout_p, backend=backend)  # noqa: E731
-    run = lambda *x: checkpoint(attend, *x, use_reentrant=False)  # noqa: E731
-    inputs = tensors(backend, dtype=torch.float32)
-    out = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs)
-    dout = torch.randn_like(out)
-    (dv,) = torch.autograd.grad(out, inputs[2], dout)
-    assert_linear_in_v(out, dout, inputs[2], dv)
-
-
-def assert_linear_in_v(out, dout, v, dv):
-    """<dv, v> = <dout, P v>, with the P that the forward had, dropped weights and all."""
-    parts = [(x.double() * y.double()).flatten() for x, y in ((dv, v), (dout, out))]
-    slack = 8 * torch.finfo(dv.dtype).eps * sum(x.norm() for x in parts)
-    assert (parts[0].sum() - parts[1].sum()).abs() <= slack
+def test_double_backward_says_so(backend):
+    q, k, v = operands(backend)
+    (dq,) = torch.autograd.grad(flash_attention(q, k, v, backend=backend).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_backward"):
+        dq.sum().backward()
 
 
 def test_no_grad_and_inference_mode(backend):
-    q, k, v = tensors(backend)
+    q, k, v = operands(backend)
     with torch.no_grad():
         assert not flash_attention(q, k, v, backend=backend).requires_grad
     with torch.inference_mode():
         flash_attention(q, k, v, backend=backend)
-        flash_attention(q * 1, k, v, dropout_p=0.1, backend=backend)
 
 
-# processes
+class TestFlashAttention:
+    def test_is_the_function(self):
+        q, k, v = operands("torch")
+        for options in ({}, {"causal": True}, {"scale": 0.5}):
+            assert torch.equal(FlashAttention(**options)(q, k, v), flash_attention(q, k, v, **options))
+
+    def test_the_quick_start_of_the_guide(self):
+        q, k, v = (torch.randn(2, 8, 1024, 64, device=DEVICE) for _ in range(3))
+        out = FlashAttention(causal=False)(q, k, v)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        torch.testing.assert_close(out, sdpa, rtol=1e-4, atol=1e-5)
+
+    def test_no_state(self):
+        assert not FlashAttention().state_dict()
 
 
-def test_ddp_gives_the_gradients_of_one_process(tmp_path):
-    """Two processes, half a batch each, with padding; gradients are those of the whole batch in one."""
-    context = torch.multiprocessing.spawn(train_one_step, (2, str(tmp_path)), nprocs=2, join=False)
-    deadline = time.monotonic() + 240
-    try:
-        while not context.join(timeout=10):
-            assert time.monotonic() < deadline, "the processes did not end in time"
-    finally:
-        for process in context.processes:
-            process.kill()
-    want = gradients(Model(), *padded_batch())
-    for rank in range(2):
-        got = torch.load(tmp_path / f"gradients_{rank}.pt")
-        for name in want:
-            torch.testing.assert_close(got[f"module.{name}"], want[name])
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
+class TestMultiHeadFlashAttention:
+    @pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_is_the_formula(self, causal, num_kv_heads):
         torch.manual_seed(0)
-        self.block, self.head = TransformerBlock(16, 2, 0.0, causal=True), torch.nn.Linear(16, 3)
+        ours = MultiHeadFlashAttention(32, 4, causal=causal, num_kv_heads=num_kv_heads).to(DEVICE)
+        plain = MultiHeadFlashAttention(
+            32, 4, causal=causal, num_kv_heads=num_kv_heads, attention=naive_attention
+        ).to(DEVICE)  # fmt: skip
+        plain.load_state_dict(ours.state_dict())
+        x = torch.randn(2, 19, 32, device=DEVICE)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+        for module in (ours, plain):
+            module(x).square().sum().backward()
+        for a, b in zip(ours.parameters(), plain.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
 
-    def forward(self, x, real):
-        return self.head(self.block(x, key_padding_mask=real))
-
-
-def padded_batch():
-    torch.manual_seed(1)
-    return torch.randn(4, 9, 16), torch.arange(9) < torch.tensor([9, 3, 5, 7])[:, None]
-
-
-def gradients(model, x, real):
-    (model(x, real)[real].square().sum() / len(x)).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def train_one_step(rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    model = torch.nn.parallel.DistributedDataParallel(Model())
-    half = [x.chunk(world)[rank] for x in padded_batch()]
-    torch.save(gradients(model, *half), f"{folder}/gradients_{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-# CUDA graphs
-
-
-def captured(function, inputs):
-    """function(*inputs) as a CUDA graph, and its results, which a replay overwrites."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles the kernels
-            function(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(*inputs)
-    return graph, results
-
-
-def step(attend):
-    """Forward and backward: out, lse, dq, dk, dv."""
-
-    def run(q, k, v, *douts):
-        out, lse = attend(q, k, v)
-        return out, lse, *torch.autograd.grad([out, lse], [q, k, v], douts)
-
-    return run
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("dropout", "many at once")])
-def test_cuda_graph(option):
-    asked = ask(option, 200, 300)
-    run = step(lambda *x: flash_attention_with_lse(*x, **asked, backend="triton"))
-    inputs = tensors("triton", 200, 300)
-    douts = torch.randn(inputs[0].shape, device=DEVICE).half(), torch.zeros(inputs[0].shape[:3], device=DEVICE)
-    graph, results = captured(run, (*inputs, *douts))
-    for seed in (1, 2):
-        torch.manual_seed(seed)
+    def test_is_nn_multihead_attention(self):
+        torch.manual_seed(0)
+        ours, theirs = MultiHeadFlashAttention(32, 4), torch.nn.MultiheadAttention(32, 4, batch_first=True)
+        weights, biases = theirs.in_proj_weight.chunk(3), theirs.in_proj_bias.chunk(3)
         with torch.no_grad():
-            for x in (*inputs, douts[0]):
-                x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert all(torch.equal(x, y) for x, y in zip(results, run(*inputs, *douts), strict=True))
+            for layer, w, b in zip((ours.q_proj, ours.k_proj, ours.v_proj), weights, biases):
+                layer.weight.copy_(w)
+                layer.bias.copy_(b)
+        ours.out_proj = theirs.out_proj
+        x, context = torch.randn(2, 9, 32), torch.randn(2, 13, 32)
+        torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+        torch.testing.assert_close(ours(x, context), theirs(x, context, context)[0])
+
+    def test_dropout_is_of_the_projection_and_in_training_only(self):
+        module = MultiHeadFlashAttention(32, 4, dropout=0.5).to(DEVICE)
+        x = torch.randn(2, 50, 32, device=DEVICE)
+        zeros = (module(x) == 0).float().mean().item()
+        assert 0.4 < zeros < 0.6
+        module.eval()
+        assert (module(x) != 0).all() and torch.equal(module(x), module(x))
+
+    def test_without_bias(self):
+        assert not [name for name in MultiHeadFlashAttention(32, 4, bias=False).state_dict() if "bias" in name]
+
+    def test_state_dict_is_stable(self):
+        keys = {f"{p}_proj.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")}
+        assert set(MultiHeadFlashAttention(32, 4).state_dict()) == keys
 
 
-@pytest.mark.gpu
-def test_cuda_graph_draws_other_dropout_in_each_replay():
-    """... and the backward of a replay drops what its forward dropped."""
-    run = step(lambda *x: flash_attention_with_lse(*x, dropout_p=0.4, backend="triton"))
-    inputs = tensors("triton", 200, 300, dtype=torch.float32)
-    douts = torch.randn(inputs[0].shape, device=DEVICE), torch.zeros(inputs[0].shape[:3], device=DEVICE)
-    graph, results = captured(run, (*inputs, *douts))
-    outs = []
-    for _ in range(2):
-        graph.replay()
-        assert_linear_in_v(results[0], douts[0], inputs[2].detach(), results[4])
-        outs.append(results[0].clone())
-    assert not torch.equal(*outs)
-    torch.manual_seed(9)
-    graph.replay()
-    first = results[0].clone()
-    torch.manual_seed(9)
-    graph.replay()
-    assert torch.equal(first, results[0])
+def test_signatures():
+    """The interface users were promised: names, order, defaults, and keyword-only after q, k, v."""
+    expected = (
+        "(q, k, v, *, causal=False, scale=None, window=None, attn_mask=None, key_padding_mask=None, "
+        "alibi_slopes=None, softcap=None, dropout_p=0.0, backend='auto')"
+    )
+    for function in (flash_attention, flash_attention_with_lse):
+        assert bare(function) == expected
+    assert bare(FlashAttention) == "(causal=False, dropout=0.0, scale=None, window=None, softcap=None)"
+    assert bare(FlashAttention.forward) == "(self, q, k, v, attn_mask=None, key_padding_mask=None)"
+    assert bare(MultiHeadFlashAttention).startswith(
+        "(d_model, num_heads, causal=False, dropout=0.0, num_kv_heads=None, bias=True"
+    )
+    assert bare(MultiHeadFlashAttention.forward) == "(self, x, context=None, key_padding_mask=None)"
 
 
-@pytest.mark.gpu
-def test_cuda_graph_of_packed_sequences():
-    """Other lengths are other numbers in cu_seqlens: up to max_seqlen, one graph serves them all."""
-    (q, k, v), (cu_q, cu_k, *_) = packed("triton", (70, 130), (90, 200))
-
-    def run(q, k, v):
-        out = flash_attention_varlen(q, k, v, cu_q, cu_k, 200, 290, causal=True, backend="triton")
-        return out, *torch.autograd.grad(out.sum(), [q, k, v])
-
-    graph, results = captured(run, (q, k, v))
-    for lengths_q, lengths_k in ((70, 90), (1, 289), (200, 0)):
-        cu_q[1], cu_k[1] = lengths_q, lengths_k
-        graph.replay()
-        assert all(torch.equal(x, y) for x, y in zip(results, run(q, k, v), strict=True))
+def bare(function) -> str:
+    signature = inspect.signature(function)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(plain))
 
 
-@pytest.mark.gpu
-def test_graphed_module():
-    module = MultiHeadFlashAttention(64, 4, causal=True, dropout=0.2).to(DEVICE)
-    x = torch.randn(2, 100, 64, device=DEVICE, requires_grad=True)
-    module(x).sum().backward()
-    fast = torch.cuda.make_graphed_callables(module, (x,))
-    runs = [fast(x).clone() for _ in range(2)]
-    assert not torch.equal(*runs)
-    fast(x).square().sum().backward()
-    assert x.grad.isfinite().all()
+def test_public_names_have_docstrings():
+    for name in flash_edu.__all__:
+        assert getattr(flash_edu, name).__doc__, name
