@@ -1,13 +1,16 @@
 """The functions a user calls: they check their arguments, pick a backend, and hand over to the operators in ops.py."""
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from flash_edu import arguments, ops, patterns
+from flash_edu import ops
 from flash_edu._environment import interpreting, why_no_triton
-from flash_edu.arguments import require, require_tensor
-from flash_edu.patterns import Pattern
-from flash_edu.rules import Rules, four_dims, limits, two_dims
 
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # torch.amp.is_autocast_available cannot be compiled in torch 2.11
 BACKENDS = ("auto", "triton", "hopper", "torch")
 
 
@@ -18,13 +21,11 @@ def flash_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int, int] | None = None,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-    pattern: Pattern | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -46,36 +47,24 @@ def flash_attention(
                                  1 1 1 1                       0 0
                                                                1 0
                                                                1 1
-        scale: what the scores are multiplied by; 1 / sqrt(D) if None.
-        window: (left, right): query i attends to keys i + Nk - Nq - left .. i + Nk - Nq + right; -1 or None: no limit on
-            that side. Tiles outside are skipped. (Child et al. 2019; Beltagy et al. 2020)
-        attn_mask: any shape that broadcasts to (B, Hq, Nq, Nk). bool: True = attend. Floating point: added to the scores;
-            gets a gradient if it requires one.
-        key_padding_mask: (B, Nk) bool, True = a real token. What the other tokens hold does not matter, NaN included.
-        alibi_slopes: (Hq,) or (B, Hq): slope * |i + Nk - Nq - j| is subtracted from the score (Press et al. 2022).
-        softcap: c * tanh(s / c) takes the place of each scaled score s (Gemma 2, section 2).
-        sinks: (Hq,), one more score in every row's softmax, with a value of 0; gets a gradient (as in GPT-OSS).
-        pattern: your own functions for scores and masks, see `flash_edu.Pattern`.
-        dropout_p: the share of attention weights that is set to 0, in training; the others are divided by 1 - dropout_p.
-            Which ones follows from torch's generator of the device (`torch.manual_seed`).
+        scale: what the scores are multiplied with; 1 / sqrt(D) if None.
         backend: "triton" (CUDA, or a CPU under TRITON_INTERPRET=1), "torch" (any device), or "auto": the fastest that
             supports the request. `flash_edu.available_backends()` tells which there are.
-
-    The order is: scale, softcap, ALiBi and float mask added, the pattern's score_mod; then everything that hides.
+        window, attn_mask, key_padding_mask, alibi_slopes, softcap, dropout_p: not implemented yet; they raise.
 
     Returns:
         out (B, Hq, Nq, Dv), dtype of q. A query with nothing to attend to gives 0, and gradients of 0.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and value.
-        NotImplementedError: no backend, or not the named one, can serve the request; also for a gradient of a gradient.
+        NotImplementedError: no backend, or not the named one, can serve the request.
 
     Under autocast, q, k and v are cast to the autocast dtype, as SDPA does. fp32 inputs are multiplied to fp32 accuracy
     (on a GPU as three TF32 products each), unless PyTorch's own fp32 products are allowed to be TF32.
     """
     return flash_attention_with_lse(
         q, k, v, causal=causal, scale=scale, window=window, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, pattern=pattern, dropout_p=dropout_p, backend=backend,
+        alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p, backend=backend,
     )[0]  # fmt: skip
 
 
@@ -86,13 +75,11 @@ def flash_attention_with_lse(
     *,
     causal: bool = False,
     scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
+    window: tuple[int, int] | None = None,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
-    pattern: Pattern | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -100,129 +87,13 @@ def flash_attention_with_lse(
 
     Returns:
         out (B, Hq, Nq, Dv), and lse (B, Hq, Nq): natural logarithm, fp32 (fp64 for fp64 inputs), -inf for a query with
-        nothing to attend to. With it, partial results over different keys can be merged: see `merge_attention`. A sink is
-        part of the sum; dropout is not.
+        nothing to attend to. With it, partial results over different keys can be merged: see `merge_attention`.
     """
-    q, k, v = arguments.check_tensors(*arguments.autocast(q, k, v))
-    rules = dense_rules(
-        q, k, causal=causal, scale=scale, window=window, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, pattern=pattern, dropout_p=dropout_p,
-    )  # fmt: skip
-    return _attend(q, k, v, rules, backend)
-
-
-def flash_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention in each of many sequences of their own lengths, which lie one behind the other, without padding.
-
-    Sequence b has the queries q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]] and the keys k[cu_seqlens_k[b] : cu_seqlens_k[b + 1]];
-    either may be none. Every rule of `flash_attention` holds within each sequence. See `flash_edu.pack` and `unpack`.
-
-    Args:
-        q: (total_q, Hq, D). k: (total_k, Hkv, D). v: (total_k, Hkv, Dv).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on q's device: 0, and where each sequence ends. They are not checked: that
-            would wait for the GPU.
-        max_seqlen_q, max_seqlen_k: at least the longest length; rows beyond it would not be computed.
-        alibi_slopes: (Hq,) or (B, Hq). The other arguments are those of `flash_attention`.
-
-    Returns:
-        out (total_q, Hq, Dv).
-    """
-    return flash_attention_varlen_with_lse(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, scale=scale, window=window,
-        alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, dropout_p=dropout_p, backend=backend,
-    )[0]  # fmt: skip
-
-
-def flash_attention_varlen_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    alibi_slopes: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """As `flash_attention_varlen`, and the log-sum-exp of each row of scores: out (total_q, Hq, Dv) and lse (total_q, Hq)."""
-    q, k, v = arguments.autocast(q, k, v)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.ndim == 3, ValueError, lambda: f"{name} must have 3 dimensions (total, heads, head_dim), got {x.ndim}: {tuple(x.shape)}")
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, H, total, D)
-    arguments.check_tensors(q, k, v)
-    arguments.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
-    arguments.check_length("max_seqlen_q", max_seqlen_q)
-    arguments.check_length("max_seqlen_k", max_seqlen_k)
-    arguments.check_slopes(alibi_slopes, cu_seqlens_q.shape[0] - 1, q.shape[1], q)
-    rules = _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k
-    )
-    out, lse = _attend(q, k, v, rules, backend)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-def dense_rules(
-    q, k, *, causal=False, scale=None, window=None, attn_mask=None, key_padding_mask=None, alibi_slopes=None, softcap=None,
-    sinks=None, pattern=None, dropout_p=0.0,
-) -> Rules:  # fmt: skip
-    """The rules of `flash_attention`'s arguments, once these are checked."""
-    arguments.check_mask(attn_mask, q, k)
-    arguments.check_padding(key_padding_mask, q, k)
-    arguments.check_slopes(alibi_slopes, q.shape[0], q.shape[1], q)
-    arguments.check_pattern(pattern, q)
-    return _rules(q, causal, scale, window, softcap, sinks, dropout_p)._replace(
-        mask=four_dims(attn_mask), padding=key_padding_mask, slopes=two_dims(alibi_slopes),
-        pattern=pattern and pattern.name, buffers=list(pattern.buffers) if pattern else [],
-    )  # fmt: skip
-
-
-def _rules(q, causal, scale, window, softcap, sinks, dropout_p) -> Rules:
-    """The rules that every kind of call has."""
-    arguments.check_flag("causal", causal)
-    arguments.check_window(window)
-    arguments.check_softcap(softcap)
-    arguments.check_sinks(sinks, q)
-    arguments.check_probability("dropout_p", dropout_p)
-    left, right = limits(causal, window)
-    return Rules(
-        scale=q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale),
-        left=left, right=right, softcap=None if softcap is None else float(softcap), sinks=sinks,
-        dropout_p=float(dropout_p), seed=_draw_seed(q.device) if dropout_p > 0 else None,
-    )  # fmt: skip
-
-
-def _draw_seed(device: torch.device) -> Tensor:
-    """Seed and offset, from torch's generator and outside of the operator: so that checkpointing draws them again."""
-    return torch.randint(-(2**62), 2**62, (2,), device=device)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, rules: Rules, backend: str) -> tuple[Tensor, Tensor]:
-    backend = _pick_backend(backend, q, rules)
-    return ops.attention_forward(q, k, v, backend, *ops.arguments(rules))
+    _reject_unwritten(window, attn_mask, key_padding_mask, alibi_slopes, softcap, dropout_p)
+    q, k, v = _check_tensors(*_autocast(q, k, v))
+    _require(isinstance(causal, bool), TypeError, lambda: f"causal must be True or False, got {causal!r}")
+    scale = q.shape[-1] ** -0.5 if scale is None else _check_scale(scale)
+    return ops.attention_forward(q, k, v, causal, scale, _pick_backend(backend, q))
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,15 +107,15 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Returns: out (..., N, Dv) in the dtype of out_a, and lse (..., N) in that of lse_a.
     """
     for name, out, lse in (("a", out_a, lse_a), ("b", out_b, lse_b)):
-        require_tensor(f"out_{name}", out)
-        require_tensor(f"lse_{name}", lse)
-        require(
+        _require_tensor(f"out_{name}", out)
+        _require_tensor(f"lse_{name}", lse)
+        _require(
             out.shape[:-1] == lse.shape and out.ndim > 0,
             ValueError,
             lambda: f"lse_{name} must have the shape of out_{name} without its last dimension, "
             f"got {tuple(lse.shape)} for out_{name} {tuple(out.shape)}",
         )
-    require(
+    _require(
         out_a.shape == out_b.shape,
         ValueError,
         lambda: f"out_b must have the shape of out_a, got {tuple(out_b.shape)} and {tuple(out_a.shape)}",
@@ -270,20 +141,125 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     }
 
 
-def _pick_backend(backend: object, q: Tensor, rules: Rules) -> str:
-    require(isinstance(backend, str), TypeError, lambda: f"backend must be a string, got {type(backend).__name__}")
-    require(backend in BACKENDS, ValueError, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+def _require(holds: bool, error: type[Exception], message: Callable[[], str]) -> None:
+    """The message is made when it is needed: torch.compile cannot make text of sizes it does not know yet."""
+    if not holds:
+        raise error(message())
+
+
+def _require_tensor(name: str, x: object) -> None:
+    _require(isinstance(x, Tensor), TypeError, lambda: f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def _reject_unwritten(window, attn_mask, key_padding_mask, alibi_slopes, softcap, dropout_p) -> None:
+    """Arguments whose names are settled and whose kernels are not written yet."""
+    for name, value in (
+        ("window", window),
+        ("attn_mask", attn_mask),
+        ("key_padding_mask", key_padding_mask),
+        ("alibi_slopes", alibi_slopes),
+        ("softcap", softcap),
+    ):
+        _require(value is None, NotImplementedError, lambda: f"{name} is not implemented yet; it must be None, got {_show(value)}")
+    check_probability("dropout_p", dropout_p)
+    _require(
+        dropout_p == 0.0,
+        NotImplementedError,
+        lambda: f"dropout_p: dropout of attention weights is not implemented yet; it must be 0.0, got {dropout_p!r}",
+    )
+
+
+def _show(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_probability(name: str, p: object) -> None:
+    """Raise unless p is a number with 0 <= p < 1."""
+    _require(
+        isinstance(p, (int, float)) and not isinstance(p, bool),
+        TypeError,
+        lambda: f"{name} must be a number, got {type(p).__name__}",
+    )
+    _require(0.0 <= p < 1.0, ValueError, lambda: f"{name} must be at least 0 and less than 1, got {p!r}")
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A custom operator is not autocast by itself: cast here, as SDPA does."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require_tensor(name, x)
+    device = q.device.type
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.layout == torch.strided and not x.is_nested, TypeError, lambda: f"{name} must be a dense tensor, got {x.layout}")
+        _require(
+            x.ndim == 4,
+            ValueError,
+            lambda: f"{name} must have 4 dimensions (batch, heads, seq, head_dim), got {x.ndim}: {tuple(x.shape)}",
+        )
+        _require(
+            x.dtype in DTYPES,
+            TypeError,
+            lambda: f"{name} must be float16, bfloat16, float32 or float64, got {str(x.dtype).removeprefix('torch.')}",
+        )
+        _require(x.dtype == q.dtype, TypeError, lambda: f"{name} must have the dtype of q, got {x.dtype} and {q.dtype}")
+        _require(x.device == q.device, ValueError, lambda: f"{name} must be on the device of q, got {x.device} and {q.device}")
+        _require(
+            1 <= x.shape[3] <= MAX_HEAD_DIM,
+            NotImplementedError if x.shape[3] > MAX_HEAD_DIM else ValueError,
+            lambda: f"{name}: head_dim must be between 1 and {MAX_HEAD_DIM}, got {x.shape[3]}",
+        )
+    _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    return q, k, v
+
+
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    for name, shape in (("k", k), ("v", v)):
+        _require(
+            shape[0] == q[0], ValueError, lambda: f"{name} must have the batch size of q, got {shape[0]} and {q[0]}"
+        )
+    _require(k[3] == q[3], ValueError, lambda: f"k must have the head_dim of q, got {k[3]} and {q[3]}")
+    _require(
+        v[1:3] == k[1:3],
+        ValueError,
+        lambda: f"v must have the heads and the length of k, got (heads, seq) = {v[1:3]} and {k[1:3]}",
+    )
+    _require(
+        q[1] == k[1] or (k[1] > 0 and q[1] % k[1] == 0),
+        ValueError,
+        lambda: f"the number of heads of q must be a multiple of that of k and v, got {q[1]} and {k[1]}",
+    )
+
+
+def _check_scale(scale: object) -> float:
+    _require(
+        isinstance(scale, (int, float)) and not isinstance(scale, bool),
+        TypeError,
+        lambda: f"scale must be a Python number (to learn a scale, multiply q by it), got {type(scale).__name__}",
+    )
+    _require(math.isfinite(scale) and scale > 0, ValueError, lambda: f"scale must be positive and finite, got {scale!r}")
+    return float(scale)
+
+
+def _pick_backend(backend: object, q: Tensor) -> str:
+    _require(isinstance(backend, str), TypeError, lambda: f"backend must be a string, got {type(backend).__name__}")
+    _require(backend in BACKENDS, ValueError, lambda: f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         # On a CPU Triton only interprets, which is for learning; before sm_80 the tiles do not fit.
         fast = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        return "triton" if fast and _why_not("triton", q, rules) is None else "torch"
-    reason = _why_not(backend, q, rules)
-    require(reason is None, NotImplementedError, lambda: f"backend={backend!r} cannot serve this: {reason}; backend='torch' can")
+        return "triton" if fast and _why_not("triton", q) is None else "torch"
+    reason = _why_not(backend, q)
+    _require(reason is None, NotImplementedError, lambda: f"backend={backend!r} cannot serve this: {reason}; backend='torch' can")
     return backend
 
 
-def _why_not(backend: str, q: Tensor, rules: Rules) -> str | None:
-    """None if `backend` can serve this request, else the reason."""
+def _why_not(backend: str, q: Tensor) -> str | None:
+    """None if `backend` can serve tensors like q, else the reason."""
     reason = available_backends(q.device)[backend]
     if backend != "triton" or reason is not None:
         return reason
@@ -291,7 +267,4 @@ def _why_not(backend: str, q: Tensor, rules: Rules) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly (use float16 or float32)"
     if q.dtype == torch.float64 and not interpreting():
         return "the kernels accumulate in float32 on a GPU, which would waste float64 inputs"
-    pattern = patterns.get(rules.pattern)
-    if pattern is not None and pattern.score_mod is not None and pattern.score_grad is None and torch.is_grad_enabled():
-        return "a pattern with a score_mod needs its score_grad too where gradients may be asked for (or torch.no_grad())"
     return None

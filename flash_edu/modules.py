@@ -3,8 +3,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from flash_edu.arguments import check_probability
-from flash_edu.attention import flash_attention
+from flash_edu.attention import check_probability, flash_attention
 
 
 class FlashAttention(nn.Module):

@@ -1,133 +1,82 @@
 """The two operators PyTorch sees: `flash_edu::attention_forward` and `flash_edu::attention_backward`.
 
 As `torch.library` custom operators they stay whole under torch.compile, and carry what PyTorch needs to know of them: the
-shapes they return (fake), their gradient (autograd), and that autocast does not reach inside. Behind q, k, v and the backend
-stand the fields of rules.Rules, one by one: an operator takes tensors and numbers.
+shapes they return (fake), their gradient (autograd), and that autocast does not reach inside.
 """
 import torch
 from torch import Tensor
 
-from flash_edu import reference, rules
+from flash_edu import reference
 from flash_edu.layout import empty_like_rows, empty_outputs, in_rows
-from flash_edu.rules import Rules
-
-NUM_RULES = len(Rules._fields) - 1  # all but first_head
 
 
 def _implementation(backend: str):
-    """(forward, backward, mask_gradient) of a backend. Triton is imported on first use."""
+    """(forward, backward) of a backend. Triton is imported on first use."""
     if backend == "triton":
         from flash_edu.kernels.backward import backward
         from flash_edu.kernels.forward import forward
-        from flash_edu.kernels.mask_gradient import mask_gradient
 
-        return forward, backward, mask_gradient
-    return reference.tiled_forward, reference.tiled_backward, reference.mask_gradient
-
-
-def arguments(asked: Rules) -> tuple:
-    """The rules as an operator takes them."""
-    return tuple(asked)[:NUM_RULES]
+        return forward, backward
+    return reference.tiled_forward, reference.tiled_backward
 
 
-@torch.library.custom_op(
-    "flash_edu::attention_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, str backend, {rules.SCHEMA}) -> (Tensor, Tensor)",
-)
-def attention_forward(q, k, v, backend, *asked):
+@torch.library.custom_op("flash_edu::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Nq, Dv) and lse (B, Hq, Nq). Arguments are those of `flash_edu.flash_attention`, already checked."""
     out, lse = empty_outputs(q, v)
-    asked = Rules(*asked)
     if out.numel() == 0 or k.numel() == 0:  # nothing to compute, or nothing to attend to
-        out.zero_()
-        return out, lse.fill_(float("-inf")) if asked.sinks is None else lse.copy_(asked.sinks[:, None].expand_as(lse))
-    forward, _, _ = _implementation(backend)
+        return out.zero_(), lse.fill_(float("-inf"))
+    forward, _ = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):  # the accumulators stay wide
-        return forward(in_rows(q), in_rows(k), in_rows(v), asked)
+        return forward(in_rows(q), in_rows(k), in_rows(v), causal=causal, scale=scale)
 
 
 @attention_forward.register_fake
-def _(q, k, v, backend, *asked):
+def _(q, k, v, causal, scale, backend):
     return empty_outputs(q, v)
 
 
-@torch.library.custom_op(
-    "flash_edu::attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool mask_grad, bool sinks_grad, "
-    f"str backend, {rules.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, backend, *asked):
-    """dq, dk, dv, shaped and (see layout.py) laid out as q, k, v; and the gradients of a float mask and of the sinks, empty
-    unless asked for."""
-    asked = Rules(*asked)
-    dmask, dsinks = (x.zero_() for x in _room_for_more(q, mask_grad, sinks_grad, asked))
-    if out.numel() == 0:
-        return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
-    delta = reference.row_delta(dout, dlse, out) if mask_grad or sinks_grad else None
-    if sinks_grad:
-        dsinks = _sinks_gradient(asked.sinks, lse, delta)
-    if k.numel() == 0:
-        return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
-    _, backward, mask_gradient = _implementation(backend)
+@torch.library.custom_op("flash_edu::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, shaped and (see layout.py) laid out as q, k, v."""
+    if out.numel() == 0 or k.numel() == 0:
+        return tuple(empty_like_rows(x).zero_() for x in (q, k, v))
+    _, backward = _implementation(backend)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
-        if mask_grad:
-            dmask = mask_gradient(dout, delta, q, k, v, lse, asked)
-        return *backward(dout, dlse, q, k, v, out, lse, asked), dmask, dsinks
+        return backward(dout, dlse, q, k, v, out, lse, causal=causal, scale=scale)
 
 
 @attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, backend, *asked):
-    return *(empty_like_rows(x) for x in (q, k, v)), *_room_for_more(q, mask_grad, sinks_grad, Rules(*asked))
-
-
-def _room_for_more(q: Tensor, mask_grad: bool, sinks_grad: bool, asked: Rules) -> tuple[Tensor, Tensor]:
-    return (
-        asked.mask.new_empty(asked.mask.shape) if mask_grad else q.new_empty(0),
-        asked.sinks.new_empty(asked.sinks.shape) if sinks_grad else q.new_empty(0),
-    )
-
-
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink's weight is P = exp(sink - lse) and its value is 0, so that dP = 0 and dS = -P D."""
-    weight = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, Hq, Nq)
-    return -(weight.masked_fill(lse == float("-inf"), 0.0) * delta).sum((0, 2)).to(sinks.dtype)
+def _(dout, dlse, q, k, v, out, lse, causal, scale, backend):
+    return tuple(empty_like_rows(x) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    """Keep what the backward recomputes P from: O(N) numbers, and nothing N x N that the caller did not bring."""
-    q, k, v, ctx.backend, *asked = inputs
-    asked = Rules(*asked)
-    tensors = {name: x for name, x in asked._asdict().items() if isinstance(x, Tensor)}
-    ctx.asked, ctx.names, ctx.num_buffers = asked._replace(buffers=[], **dict.fromkeys(tensors)), tuple(tensors), len(asked.buffers)
-    ctx.save_for_backward(q, k, v, *output, *tensors.values(), *asked.buffers)
+    """Keep what the backward recomputes P from: O(N) numbers, and nothing N x N."""
+    q, k, v, ctx.causal, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)  # an output nobody used has no gradient: None, not zeros
 
 
 def _differentiate(ctx, dout, dlse):
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    buffers = tensors[len(ctx.names) :]
-    asked = ctx.asked._replace(buffers=buffers, **dict(zip(ctx.names, tensors)))
+    q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    needs = dict(zip(Rules._fields, ctx.needs_input_grad[4:]))
-    wanted = needs["mask"], needs["sinks"]
-    dq, dk, dv, dmask, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, *wanted, ctx.backend, *arguments(asked))
-    gradients = dict.fromkeys(Rules._fields[:NUM_RULES])
-    gradients |= {"mask": dmask if wanted[0] else None, "sinks": dsinks if wanted[1] else None}
-    gradients["buffers"] = [None] * ctx.num_buffers
-    return dq, dk, dv, None, *gradients.values()
+    grads = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, ctx.backend)
+    return *grads, None, None, None
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _refuse_twice(ctx, *gradients):
-    raise NotImplementedError(
-        "flash_edu's gradients are not differentiable themselves: no double backward (create_graph=True, gradient penalties, "
-        "torch.autograd.functional.hessian). flash_edu.reference.naive_attention is differentiable any number of times"
-    )
-
-
-attention_backward.register_autograd(_refuse_twice, setup_context=lambda ctx, inputs, output: None)

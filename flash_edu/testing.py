@@ -9,13 +9,12 @@ and L as a flash forward stores them; and the same with every sum in S and dP on
 autograd does not, in S - L and dP - D. How much a sum rounds depends on its order and on how the hardware multiplies:
 tensor cores make an fp32 product of three TF32 products. On small cases plain PyTorch is exact by luck.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flash_edu.attention import dense_rules
-from flash_edu.reference import ScoreRules, naive_attention_with_lse, row_delta
+from flash_edu.reference import causal_mask, naive_attention_with_lse
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,6 @@ class Case:
     dlse: Tensor  # (B, Hq, Nq)
     causal: bool
     scale: float | None
-    options: dict = field(default_factory=dict)  # what else flash_attention is asked; float masks and sinks get gradients
-    seed: int = 0  # of the dropout
-
-
-LEARNED = ("attn_mask", "sinks")  # options that may have a gradient
 
 
 def make_case(
@@ -51,9 +45,8 @@ def make_case(
     scale: float | None = None,
     hot: float = 1.0,
     seed: int = 0,
-    **options,
 ) -> Case:
-    """Random normal inputs; `options` are further arguments of `flash_attention`. q is multiplied by `hot`: a few keys then take most of each row's weight."""
+    """Random normal inputs. q is multiplied by `hot`: a few keys then take most of each row's weight."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, dv = kv_heads or heads, dv or d
 
@@ -68,53 +61,34 @@ def make_case(
         dlse=draw(batch, heads, nq).to(torch.float64 if dtype == torch.float64 else torch.float32),
         causal=causal,
         scale=scale,
-        options=options,
-        seed=seed,
     )
 
 
 def differentiate(attention_with_lse, case: Case, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv of a function like `flash_attention_with_lse`, on the case's inputs (cast to `dtype` if given).
-
-    And the gradients of what else may have one: dattn_mask, dsinks.
-    """
+    """out, lse, dq, dk, dv of a function like `flash_attention_with_lse`, on the case's inputs (cast to `dtype` if given)."""
     dtype = dtype or case.q.dtype
-    inputs = {name: getattr(case, name) for name in ("q", "k", "v")}
-    inputs |= {name: x for name, x in case.options.items() if name in LEARNED and x.is_floating_point()}
-    inputs = {name: x.detach().to(dtype if name in "qkv" else _as_wide(x, dtype)).requires_grad_() for name, x in inputs.items()}
-    asked = case.options | options | {name: x for name, x in inputs.items() if name in LEARNED}
-    torch.manual_seed(case.seed)  # dropout draws its seed in the call
-    out, lse = attention_with_lse(*(inputs[name] for name in "qkv"), causal=case.causal, scale=case.scale, **asked)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (case.q, case.k, case.v)]
+    out, lse = attention_with_lse(*inputs, causal=case.causal, scale=case.scale, **options)
     torch.autograd.backward([out, lse], [case.dout.to(out.dtype), _where_finite(case.dlse, lse).to(lse.dtype)])
-    return {"out": out.detach(), "lse": lse.detach()} | {f"d{name}": x.grad for name, x in inputs.items()}
-
-
-def _as_wide(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Masks and sinks keep their own dtype, except in the truth."""
-    return dtype if dtype == torch.float64 else x.dtype
-
-
-def by_formula(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """What `flash_attention_with_lse` computes, by the formula, N x N matrix and all."""
-    return naive_attention_with_lse(q, k, v, rules=dense_rules(q, k, **options))
+    names = ("out", "lse", "dq", "dk", "dv")
+    return dict(zip(names, (out.detach(), lse.detach(), *(x.grad for x in inputs))))
 
 
 def truth(case: Case) -> dict[str, Tensor]:
     """The right answer: the formula, in fp64."""
-    return differentiate(by_formula, case, torch.float64)
+    return differentiate(naive_attention_with_lse, case, torch.float64)
 
 
 def eager(case: Case) -> dict[str, Tensor]:
     """What plain PyTorch computes at the case's own dtype: the error an answer is allowed to compare itself with."""
-    right, answer = truth(case), differentiate(by_formula, case)
+    right, answer = truth(case), differentiate(naive_attention_with_lse, case)
     saved = answer["out"], answer["lse"]
     for slack in (0.0, torch.finfo(saved[1].dtype).eps):
         others = gradients_from_saved(case, *saved, slack=slack)
         for name, other in others.items():
             if _largest(other.double() - right[name]) > _largest(answer[name].double() - right[name]):
                 answer[name] = other
-    wide = saved[1].dtype  # a fp64 mask or sink does not make its gradient more exact than what it is computed in
-    return {name: x.to(wide) if x.dtype == torch.float64 else x for name, x in answer.items()}
+    return answer
 
 
 def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0.0) -> dict[str, Tensor]:
@@ -123,28 +97,18 @@ def gradients_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float =
     slack: by how much each element of S and of dP is off, as a share of the sum of the sizes of its terms.
     """
     wide, group = lse.dtype, case.q.shape[1] // case.k.shape[1]
-    torch.manual_seed(case.seed)
-    rules = dense_rules(case.q, case.k, causal=case.causal, scale=case.scale, **case.options)
-    delta = row_delta(case.dout.to(wide), _where_finite(case.dlse.to(wide), lse), out.to(wide))
-    q, dout = (x.to(wide) for x in (case.q, case.dout))
+    q, dout, out = (x.to(wide) for x in (case.q, case.dout, out))
     k, v = (x.to(wide).repeat_interleave(group, dim=1) for x in (case.k, case.v))
-    asked, rows, cols = ScoreRules(rules, q, k), slice(0, q.shape[2]), slice(0, k.shape[2])
-    products = q @ k.mT + slack * (q.abs() @ k.abs().mT)
-    s, _ = asked.masked(products, rows, cols)
-    p = asked.weights(s, lse[..., None])
-    dp = asked.dropped(dout @ v.mT + slack * (dout.abs() @ v.abs().mT), rows, cols)
-    slope, mask_slope = asked.slopes(products, rows, cols)
-    ds = p * (dp - delta[..., None])
-    scaled = ds * slope * rules.scale
-    heads = {"dq": scaled @ k, "dk": scaled.mT @ q, "dv": asked.dropped(p, rows, cols).mT @ dout}
-    found = {name: (x if name == "dq" else x.unflatten(1, (-1, group)).sum(2)).to(case.q.dtype) for name, x in heads.items()}
-    mask, sinks = case.options.get("attn_mask"), case.options.get("sinks")
-    if mask is not None and mask.is_floating_point():
-        found["dattn_mask"] = (ds * mask_slope).sum_to_size(mask.shape).to(mask.dtype)
-    if sinks is not None:
-        weight = (sinks.to(wide)[:, None] - lse).exp().masked_fill(lse.isinf(), 0.0)
-        found["dsinks"] = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return found
+    scale = case.q.shape[-1] ** -0.5 if case.scale is None else case.scale
+    keep = causal_mask(q.shape[2], k.shape[2], q.device) if case.causal else torch.ones((), dtype=torch.bool, device=q.device)
+    s = (q @ k.mT + slack * (q.abs() @ k.abs().mT)) * scale
+    p = (s.masked_fill(~keep, float("-inf")) - _where_finite(lse, lse)[..., None]).exp()
+    dp = dout @ v.mT + slack * (dout.abs() @ v.abs().mT)
+    delta = (dout * out).sum(-1) - _where_finite(case.dlse.to(wide), lse)
+    ds = p * (dp - delta[..., None]) * scale
+    heads = {"dq": ds @ k, "dk": ds.mT @ q, "dv": p.mT @ dout}
+    grouped = {name: x.unflatten(1, (-1, group)).sum(2) for name, x in heads.items() if name != "dq"}
+    return {name: x.to(case.q.dtype) for name, x in (heads | grouped).items()}
 
 
 def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, *, tile: int | None = None) -> None:

@@ -3,47 +3,16 @@
 FlashAttention-2, Algorithm 2 (Dao 2023), split in two passes. Both recompute P from the saved lse:
     P = exp(scale * Q K^T - lse),  dP = dO V^T,  dS = P * (dP - D),  D = rowsum(dO * O) - dlse,
     dV = P^T dO,  dK = scale * dS^T Q,  dQ = scale * dS K.
-With dropout, the weights that are kept are made again, Z = keep / (1 - p): dV = (P * Z)^T dO, dP = (dO V^T) * Z.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_edu.kernels.common import SIZES, dot_rows, load_tile, store_tile
-from flash_edu.kernels.launch import (
-    device_of,
-    dot_precision,
-    head_blocks,
-    longest_key,
-    longest_query,
-    lse_strides,
-    num_sequences,
-    row_strides,
-    wide,
-)
-from flash_edu.kernels.scores import (
-    changed_scores_and_slopes,
-    changes_scores,
-    dropout_keeps,
-    hides_any,
-    hides_keys,
-    kernel_rules,
-    key_at,
-    keys_walk,
-    load_keys,
-    load_lse,
-    queries_walk,
-    query_at,
-    sequence,
-    units,
-    visible,
-    weights,
-    zero_unseen,
-)
+from flash_edu.kernels.common import LOG2E, SIZES, attends, dot_rows, load_tile, store_tile
+from flash_edu.kernels.launch import device_of, dot_precision, head_blocks, row_strides
 from flash_edu.kernels.tiles import choose_tile
 from flash_edu.layout import empty_like_rows
-from flash_edu.rules import Rules
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -75,116 +44,79 @@ def dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
-    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_lb, stride_lh,
-    num_heads, group, longest, Nq, Nk, scale, to_log2, rules,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    num_heads, group, Nq, Nk, scale, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of keys walks the queries, of every query head that reads this key/value head (of num_heads).
 
     Scores are computed transposed, S^T = K Q^T, so that P^T and dS^T stand ready as left operands. A query past the end
     has lse = +inf, hence P = 0. A key past the end fills only its own rows of dK and dV, which are never stored.
     """
-    num_tiles = tl.cdiv(longest, BLOCK_N)
+    num_tiles = tl.cdiv(Nk, BLOCK_N)
     start_n = tl.program_id(0) % num_tiles * BLOCK_N
     head_index = (tl.program_id(0) // num_tiles).to(tl.int64)
     batch, kv_head = head_index // num_heads, head_index % num_heads
-    first_q, Nq = sequence(rules.cu_q, batch, Nq)
-    first_k, Nk = sequence(rules.cu_k, batch, Nk)
-    if rules.cu_k is not None:
-        if start_n >= Nk:
-            return
-    p_k = k_ptr + batch * stride_kb + kv_head * stride_kh + first_k * stride_kn
-    p_v = v_ptr + batch * stride_vb + kv_head * stride_vh + first_k * stride_vn
-    b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, True)
-    b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, True)
+    p_k = k_ptr + batch * stride_kb + kv_head * stride_kh
+    p_v = v_ptr + batch * stride_vb + kv_head * stride_vh
+    b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, True)
+    b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=WIDE)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=WIDE)
-    j = start_n + tl.arange(0, BLOCK_N)[:, None]
 
-    # One loop over the queries of all heads in a row. (Masking only the tiles on the diagonal, as the forward does, would
-    # take a second loop; the compiler then runs out of registers.)
-    start, end, tiles, num_full = queries_walk(start_n, batch, kv_head, Nq, Nk, rules, BLOCK_M, BLOCK_N)
-    num_steps = tl.cdiv(tl.maximum(0, end - start), BLOCK_M)
+    # Causal: queries before `start` see none of these keys. (Masking only the tiles on the diagonal, as the forward does,
+    # would take a second loop; the compiler then runs out of registers.)
+    start = 0
+    if CAUSAL:
+        start = tl.maximum(0, start_n - (Nk - Nq)) // BLOCK_M * BLOCK_M
+    num_steps = tl.cdiv(tl.maximum(0, Nq - start), BLOCK_M)
     head = kv_head * group
-    position = start
+    start_m = start
     for _ in range(group * num_steps):
-        start_m = query_at(position, tiles, num_full, rules)
         o_m = start_m + tl.arange(0, BLOCK_M)
-        i = o_m[None, :]
-        p_row = batch * stride_lb + head * stride_lh + first_q
-        b_q = load_tile(
-            q_ptr + batch * stride_qb + head * stride_qh + first_q * stride_qm,
-            start_m, stride_qm, Nq, D, BLOCK_M, BLOCK_D, True,
-        )  # fmt: skip
-        b_lse = load_lse(lse_ptr + p_row, o_m, Nq)
+        row = (batch * num_heads * group + head) * Nq
+        p_q = q_ptr + batch * stride_qb + head * stride_qh
+        b_q = load_tile(p_q, start_m, stride_qm, Nq, D, BLOCK_M, BLOCK_D, True)
+        b_lse = tl.load(lse_ptr + row + o_m, mask=o_m < Nq, other=float("inf"))
         b_st = dot_rows(b_k, b_q, SPLIT, PRECISION)  # (BLOCK_N, BLOCK_M)
-        if changes_scores(rules):
-            b_st, b_slope, _ = changed_scores_and_slopes(b_st * scale, batch, head, i, j, Nq, Nk, rules)
-        b_pt = weights(b_st, b_lse[None, :], to_log2, rules)
-        if hides_any(rules):
-            b_keep = visible(batch, head, i, j, Nq, Nk, rules)
-            b_pt = tl.where(b_keep, b_pt, 0.0)
-        b_do = load_tile(
-            do_ptr + batch * stride_dob + head * stride_doh + first_q * stride_dom,
-            start_m, stride_dom, Nq, DV, BLOCK_M, BLOCK_DV, True,
-        )  # fmt: skip
-        b_zt = b_pt
-        if rules.seed is not None:
-            b_kept = tl.trans(dropout_keeps(batch * num_heads * group + head, start_m, start_n, rules, BLOCK_M, BLOCK_N))
-            b_zt = tl.where(b_kept, b_pt * rules.dropout_scale, 0.0)
-        b_dv = tl.dot(b_zt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=b_dv.dtype)
-        b_delta = tl.load(delta_ptr + p_row + o_m, mask=o_m < Nq, other=0.0)
+        b_pt = tl.exp2(b_st * scale_log2 - b_lse[None, :] * LOG2E)
+        if CAUSAL:
+            b_pt = tl.where(tl.trans(attends(start_m, start_n, Nq, Nk, BLOCK_M, BLOCK_N, CAUSAL)), b_pt, 0.0)
+        p_do = do_ptr + batch * stride_dob + head * stride_doh
+        b_do = load_tile(p_do, start_m, stride_dom, Nq, DV, BLOCK_M, BLOCK_DV, True)
+        b_dv = tl.dot(b_pt.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION, out_dtype=b_dv.dtype)
+        b_delta = tl.load(delta_ptr + row + o_m, mask=o_m < Nq, other=0.0)
         b_dpt = dot_rows(b_v, b_do, SPLIT, PRECISION)
-        if rules.seed is not None:
-            b_dpt = tl.where(b_kept, b_dpt * rules.dropout_scale, 0.0)
         b_dst = b_pt * (b_dpt - b_delta[None, :])
-        if changes_scores(rules):
-            b_dst *= b_slope
-        if hides_keys(rules):
-            b_dst = tl.where(b_keep, b_dst, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
         b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION, out_dtype=b_dk.dtype)
-        position += BLOCK_M
-        head = tl.where(position >= end, head + 1, head)
-        position = tl.where(position >= end, start, position)
+        start_m += BLOCK_M
+        head = tl.where(start_m >= Nq, head + 1, head)
+        start_m = tl.where(start_m >= Nq, start, start_m)
 
-    p_dk = dk_ptr + batch * stride_dkb + kv_head * stride_dkh + first_k * stride_dkn
-    p_dv = dv_ptr + batch * stride_dvb + kv_head * stride_dvh + first_k * stride_dvn
+    p_dk = dk_ptr + batch * stride_dkb + kv_head * stride_dkh
+    p_dv = dv_ptr + batch * stride_dvb + kv_head * stride_dvh
     store_tile(p_dk, b_dk * scale, start_n, stride_dkn, Nk, D, BLOCK_N, BLOCK_D)
     store_tile(p_dv, b_dv, start_n, stride_dvn, Nk, DV, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit
 def accumulate_dq(
-    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, batch, head, num_heads, start_m, lo, hi, tiles, hole_start, hole,
-    stride_kn, stride_vn, Nq, Nk, scale, to_log2, rules,
+    b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, start_m, lo, hi,
+    stride_kn, stride_vn, Nq, Nk, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys of a walk contribute to one tile's dQ."""
-    i = start_m + tl.arange(0, BLOCK_M)[:, None]
-    for position in range(lo, hi, BLOCK_N):
-        start_n = key_at(position, tiles, hole_start, hole, rules, BLOCK_N)
-        j = start_n + tl.arange(0, BLOCK_N)[None, :]
-        b_k = load_keys(p_k, start_n, stride_kn, Nq, Nk, rules, D, BLOCK_N, BLOCK_D, MASKED)
+    """Add what the keys lo .. hi contribute to one tile's dQ."""
+    for start_n in range(lo, hi, BLOCK_N):
+        b_k = load_tile(p_k, start_n, stride_kn, Nk, D, BLOCK_N, BLOCK_D, MASKED)
         b_s = dot_rows(b_q, b_k, SPLIT, PRECISION)  # (BLOCK_M, BLOCK_N)
-        if changes_scores(rules):
-            b_s, b_slope, _ = changed_scores_and_slopes(b_s * scale, batch, head, i, j, Nq, Nk, rules)
-        b_p = weights(b_s, b_lse[:, None], to_log2, rules)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None] * LOG2E)
         if MASKED:
-            b_keep = visible(batch, head, i, j, Nq, Nk, rules)
-            b_p = tl.where(b_keep, b_p, 0.0)
-        b_v = load_keys(p_v, start_n, stride_vn, Nq, Nk, rules, DV, BLOCK_N, BLOCK_DV, MASKED)
+            b_p = tl.where(attends(start_m, start_n, Nq, Nk, BLOCK_M, BLOCK_N, CAUSAL), b_p, 0.0)
+        b_v = load_tile(p_v, start_n, stride_vn, Nk, DV, BLOCK_N, BLOCK_DV, MASKED)
         b_dp = dot_rows(b_do, b_v, SPLIT, PRECISION)
-        if rules.seed is not None:
-            b_kept = dropout_keeps(batch * num_heads + head, start_m, start_n, rules, BLOCK_M, BLOCK_N)
-            b_dp = tl.where(b_kept, b_dp * rules.dropout_scale, 0.0)
         b_ds = b_p * (b_dp - b_delta[:, None])
-        if changes_scores(rules):
-            b_ds *= b_slope
-        if MASKED and hides_keys(rules):
-            b_ds = tl.where(b_keep, b_ds, 0.0)  # a hidden value may be NaN, and so is 0 * NaN
-            b_k = zero_unseen(b_k, tl.max(b_keep.to(tl.int32), 0) > 0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION, out_dtype=b_dq.dtype)
     return b_dq
 
@@ -194,79 +126,74 @@ def dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
-    stride_dqb, stride_dqh, stride_dqm, stride_lb, stride_lh,
-    num_heads, group, longest, Nq, Nk, scale, to_log2, rules,
+    stride_dqb, stride_dqh, stride_dqm, num_heads, group, Nq, Nk, scale, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of queries walks the keys, as in the forward."""
-    num_tiles = tl.cdiv(longest, BLOCK_M)
+    num_tiles = tl.cdiv(Nq, BLOCK_M)
     tile = tl.program_id(0) % num_tiles
-    if rules.right is not None:
+    if CAUSAL:
         tile = num_tiles - 1 - tile
     start_m = tile * BLOCK_M
     head_index = (tl.program_id(0) // num_tiles).to(tl.int64)
     batch, head = head_index // num_heads, head_index % num_heads
-    first_q, Nq = sequence(rules.cu_q, batch, Nq)
-    first_k, Nk = sequence(rules.cu_k, batch, Nk)
-    if rules.cu_q is not None:
-        if start_m >= Nq:
-            return
-    p_q = q_ptr + batch * stride_qb + head * stride_qh + first_q * stride_qm
-    p_do = do_ptr + batch * stride_dob + head * stride_doh + first_q * stride_dom
-    p_k = k_ptr + batch * stride_kb + head // group * stride_kh + first_k * stride_kn
-    p_v = v_ptr + batch * stride_vb + head // group * stride_vh + first_k * stride_vn
+    p_q = q_ptr + batch * stride_qb + head * stride_qh
+    p_do = do_ptr + batch * stride_dob + head * stride_doh
+    p_k = k_ptr + batch * stride_kb + head // group * stride_kh
+    p_v = v_ptr + batch * stride_vb + head // group * stride_vh
 
     o_m = start_m + tl.arange(0, BLOCK_M)
-    p_row = batch * stride_lb + head * stride_lh + first_q
     b_q = load_tile(p_q, start_m, stride_qm, Nq, D, BLOCK_M, BLOCK_D, True)
     b_do = load_tile(p_do, start_m, stride_dom, Nq, DV, BLOCK_M, BLOCK_DV, True)
-    b_lse = load_lse(lse_ptr + p_row, o_m, Nq)
-    b_delta = tl.load(delta_ptr + p_row + o_m, mask=o_m < Nq, other=0.0)
+    b_lse = tl.load(lse_ptr + head_index * Nq + o_m, mask=o_m < Nq, other=float("inf"))
+    b_delta = tl.load(delta_ptr + head_index * Nq + o_m, mask=o_m < Nq, other=0.0)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=WIDE)
 
-    full_lo, full_hi, full_tiles, lo, hi, tiles, hole = keys_walk(start_m, batch, head, Nq, Nk, rules, BLOCK_M, BLOCK_N)
+    full = Nk
+    end = Nk
+    if CAUSAL:
+        full = tl.minimum(Nk, tl.maximum(0, start_m + 1 + Nk - Nq))
+        end = tl.minimum(Nk, tl.maximum(0, start_m + BLOCK_M + Nk - Nq))
+    full = full // BLOCK_N * BLOCK_N
     b_dq = accumulate_dq(
-        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, batch, head, num_heads, start_m, full_lo, full_hi, full_tiles, full_hi, 0,
-        stride_kn, stride_vn, Nq, Nk, scale, to_log2, rules,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPLIT, False, PRECISION,
+        b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, start_m, 0, full, stride_kn, stride_vn,
+        Nq, Nk, scale_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPLIT, CAUSAL, False, PRECISION,
     )  # fmt: skip
-    if lo < hi:
+    if full < end:
         b_dq = accumulate_dq(
-            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, batch, head, num_heads, start_m, lo, hi, tiles, full_lo, hole,
-            stride_kn, stride_vn, Nq, Nk, scale, to_log2, rules,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPLIT, True, PRECISION,
+            b_dq, b_q, b_do, b_lse, b_delta, p_k, p_v, start_m, full, end, stride_kn, stride_vn,
+            Nq, Nk, scale_log2, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPLIT, CAUSAL, True, PRECISION,
         )  # fmt: skip
-    p_dq = dq_ptr + batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
+    p_dq = dq_ptr + batch * stride_dqb + head * stride_dqh
     store_tile(p_dq, b_dq * scale, start_m, stride_dqm, Nq, D, BLOCK_M, BLOCK_D)
 
 
 def backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the three kernels: dq, dk, dv, laid out as q, k, v. All in rows; dlse in any strides."""
     delta = _delta(dout, dlse, out, lse)
     dq, dk, dv = (empty_like_rows(x) for x in (q, k, v))
     inputs = (q, k, v, dout, lse, delta)
-    strides = row_strides(q, k, v, dout, packed=rules.packed)
-    lse_steps, sequences = lse_strides(lse, rules.packed), num_sequences(q, rules)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    sizes = (q.shape[2], k.shape[2])
-    options = head_blocks(q, v) | {"PRECISION": dot_precision(q.dtype), "WIDE": wide(q.dtype)}
+    strides = row_strides(q, k, v, dout)
+    batch, heads, nq, _ = q.shape
+    kv_heads, nk = k.shape[1:3]
+    sizes = (heads // kv_heads, nq, nk, scale, scale * LOG2E.value)
+    options = head_blocks(q, v) | {
+        "CAUSAL": causal, "PRECISION": dot_precision(q.dtype), "WIDE": _wide(q.dtype),
+    }  # fmt: skip
     head_dim = max(q.shape[-1], v.shape[-1])
     with device_of(q):
         tile = choose_tile("backward_kv", head_dim, q.dtype, q.device)
-        longest, asked = longest_key(k, rules), kernel_rules(rules, q, k, walk=1)
-        dk_dv_kernel[(triton.cdiv(longest, tile.block_n) * sequences * kv_heads,)](
-            *inputs, dk, dv, *strides, *row_strides(dk, dv, packed=rules.packed), *lse_steps,
-            kv_heads, heads // kv_heads, longest, *sizes, *units(rules, asked), asked, **options, **tile.options(),
-        )  # fmt: skip
+        dk_dv_kernel[(triton.cdiv(nk, tile.block_n) * batch * kv_heads,)](
+            *inputs, dk, dv, *strides, *row_strides(dk, dv), kv_heads, *sizes, **options, **tile.options()
+        )
         tile = choose_tile("backward_q", head_dim, q.dtype, q.device)
-        longest, asked = longest_query(q, rules), kernel_rules(rules, q, k, walk=0)
-        dq_kernel[(triton.cdiv(longest, tile.block_m) * sequences * heads,)](
-            *inputs, dq, *strides, *row_strides(dq, packed=rules.packed), *lse_steps,
-            heads, heads // kv_heads, longest, *sizes, *units(rules, asked), asked, **options, **tile.options(),
-        )  # fmt: skip
+        dq_kernel[(triton.cdiv(nq, tile.block_m) * batch * heads,)](
+            *inputs, dq, *strides, *row_strides(dq), heads, *sizes, **options, **tile.options()
+        )
     return dq, dk, dv
 
 
@@ -279,7 +206,10 @@ def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> Tenso
     with device_of(out):
         delta_kernel[(triton.cdiv(nq, block_m) * batch * heads,)](
             out, dout, dlse, delta, *row_strides(out, dout), *dlse_strides, heads, nq,
-            DV=dv, BLOCK_DV=block_dv, BLOCK_M=block_m, HAS_DLSE=dlse is not None, WIDE=wide(out.dtype),
+            DV=dv, BLOCK_DV=block_dv, BLOCK_M=block_m, HAS_DLSE=dlse is not None, WIDE=_wide(out.dtype),
         )  # fmt: skip
     return delta
 
+
+def _wide(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,4 +1,4 @@
-"""What the forward and backward kernels share: reading and writing tiles, and products of rows.
+"""What the forward and backward kernels share: reading and writing tiles, and the causal mask's arithmetic.
 
 Names: M counts queries, N counts keys. `o_` is a vector of offsets, `b_` a block of values. Row `i` of a tile that starts
 at `start` is row `start + i` of the tensor. Strides are passed in, so batch, heads and sequence may lie in any order; the
@@ -11,7 +11,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E): the GPU's 
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Arguments of which Triton must not compile a variant per value class (1, multiple of 16): lengths change from call to call.
-SIZES = ["num_heads", "group", "longest", "Nq", "Nk"]
+SIZES = ["num_heads", "group", "Nq", "Nk"]
 
 
 @triton.jit
@@ -35,18 +35,15 @@ def tile_mask(start, num_rows, NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS:
 @triton.jit
 def load_tile(
     ptr, start, stride_row, num_rows,
-    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr, first_row=None,
+    NUM_COLS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix, which begins at first_row if that is given.
+    """Rows start .. start + ROWS as a (ROWS, COLS) block, 0 outside the matrix.
 
     CHECK_ROWS = False promises that all rows exist. Columns need checking when the head dim is not a power of two.
     """
     p_tile = tile_pointers(ptr, start, stride_row, ROWS, COLS)
     if CHECK_ROWS:
-        mask = tile_mask(start, num_rows, NUM_COLS, ROWS, COLS)
-        if first_row is not None:
-            mask = mask & (start + tl.arange(0, ROWS) >= first_row)[:, None]
-        b_tile = tl.load(p_tile, mask=mask, other=0.0)
+        b_tile = tl.load(p_tile, mask=tile_mask(start, num_rows, NUM_COLS, ROWS, COLS), other=0.0)
     elif NUM_COLS != COLS:
         b_tile = tl.load(p_tile, mask=(tl.arange(0, COLS) < NUM_COLS)[None, :], other=0.0)
     else:
@@ -81,3 +78,13 @@ def dot_rows(b_a, b_b, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
         b_dots = tl.sum(b_parts, 0)
     return b_dots
 
+
+@triton.jit
+def attends(start_m, start_n, Nq, Nk, ROWS: tl.constexpr, COLS: tl.constexpr, CAUSAL: tl.constexpr):
+    """(ROWS, COLS) bool: does query start_m + i attend to key start_n + j? Causal is aligned bottom-right."""
+    o_m = start_m + tl.arange(0, ROWS)
+    o_n = start_n + tl.arange(0, COLS)
+    keep = (o_n < Nk)[None, :]
+    if CAUSAL:
+        keep = keep & (o_n[None, :] <= o_m[:, None] + (Nk - Nq))
+    return keep

@@ -3,10 +3,7 @@ import contextlib
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-
-from flash_edu.rules import Rules
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -14,35 +11,9 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def row_strides(*tensors: Tensor, packed: bool = False) -> list[int]:
-    """For each tensor, how far apart its batches, its heads and its rows lie. Columns are neighbours (layout.in_rows).
-
-    packed: sequences lie one behind the other in a batch of one, and no step leads from one to the next.
-    """
-    return [stride for x in tensors for stride in ((0, *x.stride()[1:3]) if packed else x.stride()[:3])]
-
-
-def lse_strides(lse: Tensor, packed: bool) -> tuple[int, int]:
-    """lse is (B, Hq, Nq) and contiguous: how far apart its batches and its heads lie."""
-    heads, rows = lse.shape[1:]
-    return (0 if packed else heads * rows), rows
-
-
-def num_sequences(q: Tensor, rules: Rules) -> int:
-    return rules.cu_q.numel() - 1 if rules.packed else q.shape[0]
-
-
-def longest_query(q: Tensor, rules: Rules) -> int:
-    return rules.max_q if rules.packed else q.shape[2]
-
-
-def longest_key(k: Tensor, rules: Rules) -> int:
-    return rules.max_k if rules.packed else k.shape[2]
-
-
-def wide(dtype: torch.dtype) -> tl.dtype:
-    """What sums are kept in."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def row_strides(*tensors: Tensor) -> list[int]:
+    """For each tensor, how far apart its batches, its heads and its rows lie. Columns are neighbours (layout.in_rows)."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -23,7 +23,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from flash_edu.kernels import backward, forward, tiles  # noqa: E402
-from flash_edu.rules import Rules  # noqa: E402
 
 KERNELS = {
     "forward": forward.forward_kernel,
@@ -69,9 +68,8 @@ def compile_kernels(capability: int, dtype: torch.dtype, head_dim: int, causal: 
         q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
         k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
         lse = torch.empty(2, 4, 1024)
-        asked = Rules(0.1, right=0 if causal else None)
-        forward.forward(q, k, k, asked)
-        backward.backward(q, lse, q, k, k, q, lse, asked)
+        forward.forward(q, k, k, causal=causal, scale=0.1)
+        backward.backward(q, lse, q, k, k, q, lse, causal=causal, scale=0.1)
     finally:
         for name, kernel in KERNELS.items():
             kernel.run = originals[name]
