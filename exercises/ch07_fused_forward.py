@@ -39,7 +39,7 @@ def flash_forward_kernel(
 
     7.1  Every row sees every key, and the tiles divide Nq and Nk.
     7.2  CAUSAL: row i sees key j when j <= i + Nk - Nq. A row that sees no key gets O = 0 and L = -inf.
-         This takes the marked lines, and two guards among those of 7.1.
+         This takes the marked lines, two new lines among those of 7.1, and their use beside them.
     7.3  Any Nq and Nk: rows from Nq on are neither read nor written, keys from Nk on are neither read nor
          counted. This takes the marked lines, a mask on every load and store of 7.1, and other=0.0 on the loads.
     """

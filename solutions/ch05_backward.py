@@ -194,7 +194,7 @@ def query_pass(
         lse_i, delta_i = lse[..., i : i + block_q], delta[..., i : i + block_q]
         dq_i = torch.zeros_like(q_i)
         rows = q_i.shape[-2]
-        end = min(nk, i + rows + nk - nq) if causal else nk  # the first key that none of these queries sees
+        end = i + rows + nk - nq if causal else nk  # the first key that none of them sees; it may be negative
         for j in range(0, end, block_k):
             k_j, v_j = k[..., j : j + block_k, :], v[..., j : j + block_k, :]
             columns = k_j.shape[-2]

@@ -1,6 +1,6 @@
 """Chapter 08: attention's backward pass as three Triton kernels.
 
-    delta   one program per tile of queries:   D = rowsum(dO * O) - dL
+    delta   one program per tile of queries:   Delta = rowsum(dO * O) - dL
     dK, dV  one program per tile of keys:      walks over the queries, recomputes P from L
     dQ      one program per tile of queries:   walks over the keys, recomputes P from L
 
@@ -26,7 +26,7 @@ def delta_kernel(
     H, Nq,
     D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DL: tl.constexpr,
 ):  # fmt: skip
-    """Delta = rowsum(dO * O) - dL, one number per query (D in FlashAttention-2, Algorithm 2; chapter 05).
+    """Delta = rowsum(dO * O) - dL, one number per query (D in chapter 05 and in FlashAttention-2).
 
     dO and O are (B, H, Nq, D). dL and Delta are (B, H, Nq), float32 and contiguous. With HAS_DL false, dL is
     not read. Program (i, bh) computes entries i * BLOCK_M to (i + 1) * BLOCK_M, those below Nq, of head
@@ -120,13 +120,15 @@ def dkdv_kernel(
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
 
+    # With CAUSAL, down to a tile's start: rounded up, it would miss the first query that sees my first key.
     begin = 0
     # your code here: 8.2 dkdv, CAUSAL: the first tile of queries that sees my first key (about 2 lines)
     if CAUSAL:
         begin = tl.maximum(0, j * BLOCK_N + Nq - Nk) // BLOCK_M * BLOCK_M
     # end of your code
     # Q and dO move to the first tile of the walk; L and Delta stay, for rows counts from 0 of the head.
-    Q += tl.cast(begin, tl.int64) * stride_qn  # tl.cast: the plain 0 above has no .to
+    # int64: the product can pass 2^31. tl.cast: begin may be the plain 0 above, and a number has no .to.
+    Q += tl.cast(begin, tl.int64) * stride_qn
     dO += tl.cast(begin, tl.int64) * stride_don
 
     for start in range(begin, Nq, BLOCK_M):
@@ -153,6 +155,7 @@ def dkdv_kernel(
         Q += BLOCK_M * stride_qn  # on to the next tile of queries
         dO += BLOCK_M * stride_don
 
+    # scale is a factor of S alone, and dK comes from S: dK is multiplied by it, dV is not.
     # your code here: 8.2 dkdv, store my rows of dK and dV (about 2 lines)
     tl.store(dK + c[:, None] * stride_dkn + d[None, :] * stride_dkd, scale * dk, mask=keys[:, None] < Nk)
     tl.store(dV + c[:, None] * stride_dvn + d[None, :] * stride_dvd, dv, mask=keys[:, None] < Nk)

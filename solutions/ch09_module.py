@@ -128,8 +128,9 @@ def flash_attention(q, k, v, *, causal=False, scale=None):
     """softmax(scale Q K^T) V, differentiable in q, k and v: out (B, H, Nq, D).
 
     q is (B, H, Nq, D), k and v are (B, H, Nk, D), with any strides; without a cast, nothing is copied. causal lets
-    query i see key j when j <= i + Nk - Nq. scale is 1 / sqrt(D) unless given.
-    Under autocast, q, k and v are cast to autocast's dtype first. Then they must satisfy check_inputs.
+    query i see key j when j <= i + Nk - Nq. scale is 1 / sqrt(D), which is D**-0.5, unless given.
+    Under autocast, q, k and v are cast to autocast's dtype first. Then they must satisfy check_inputs. PyTorch
+    says for each device type whether autocast is on. That is a word, "cuda" or "cpu": q.device.type.
     """
     # your code here: 9.3 flash_attention, cast, check, and call the operator (about 7 lines)
     device = q.device.type

@@ -17,7 +17,8 @@ def next_byte_batch(data: Tensor, block: int, starts: Tensor) -> tuple[Tensor, T
         inputs[b, i]  = data[starts[b] + i]
         targets[b, i] = data[starts[b] + i + 1]             i = 0 .. N - 1
 
-    Every start is at most len(data) - N - 1. Token ids are int64: an embedding takes no uint8.
+    Every start is at most len(data) - N - 1. Starts come in any order and may repeat. data and starts are on one
+    device, and so are inputs and targets. Token ids are int64: an embedding takes no uint8.
     """
     # your code here (about 3 lines)
     offsets = torch.arange(block + 1, device=data.device)  # (N + 1,) inputs, and one byte more
@@ -69,8 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tenso
 
     ch09_module.flash_attention takes D = 16, 32, 64, 128 and 256. For another D, give it the next larger one,
     with zeros behind the numbers of q, k and v: they add nothing to a dot product, and come out as zeros at
-    the end of each row of O. The scale stays 1 / sqrt(D), with the D of the model. Where D is one of the
-    five, q, k and v go on as they are: nothing is copied.
+    the end of each row of O. Where D is one of the five, q, k and v go on as they are: nothing is copied.
     """
     from . import ch09_module  # not at the top of the file: 13.1 and 13.2 work where there is no Triton
 

@@ -275,6 +275,6 @@ def _reward(results: tuple[Result, ...], course: Course, chapter: Chapter) -> st
         return f"{held(results)}. Next: {following.label} ({following.minutes} minutes)."
     later = [other for other in course.chapters if other.number > chapter.number]
     if not later:
-        return f"{held(results)}. That was the last exercise of the course."
+        return f"{held(results)}. That was the last exercise of the course; `flash-edu next` says if you left one out."
     following = f"chapter {later[0].number}, {later[0].title}, in notebooks/{later[0].notebook}"
     return f"{held(results)}. Next: {following}."

@@ -13,9 +13,9 @@ from flash_edu.course.diagnosis import Suspects, Trial, Workshop, same_failure
 from flash_edu.course.explain import Places, explain
 from flash_edu.course.manifest import load_course
 from flash_edu.course.mistakes import load_mistakes
-from flash_edu.course.report import ERROR, FAIL, NOT_RUN, PASS
+from flash_edu.course.report import ERROR, FAIL, NOT_RUN, PASS, PRINTED
 
-MOST_PRINTED_LINES = 10
+FIRST_PRINTED_LINES, LAST_PRINTED_LINES = 20, 10  # a tile's first rows are the toy's: they come first
 
 
 def pytest_addoption(parser):
@@ -46,6 +46,7 @@ class Recorder:
         self.seconds = config.getoption("seconds")
         self.make_mistakes = config.getoption("make_mistakes")
         self.failed = set()
+        self.printed = set()  # exercises whose prints were shown: once is enough, with the first failure
         self.passed = {}  # exercise -> the trials that its answer passed before it failed one
         self.catalogue = Catalogue(config.rootpath, self.only)
         self.stack = self.path.with_suffix(".stack").open("w")
@@ -92,7 +93,9 @@ class Recorder:
         if claim not in self.failed and (call.when == "call" or call.excinfo):
             status, message = self.outcome(call, report)
             told = {"status": status, "message": message, "loading": call.when == "setup"}
-            told["message"] += _printed(report.capstdout) if status in (FAIL, ERROR) else ""
+            if status in (FAIL, ERROR) and claim[0] not in self.printed and report.capstdout.strip():
+                told["message"] += _printed(report.capstdout)
+                self.printed.add(claim[0])
             self.write("end", exercise=claim[0], claim=claim[1], **told)
             if status != PASS:
                 self.failed.add(claim)
@@ -165,8 +168,8 @@ class Catalogue:
 
 
 def _printed(text: str) -> str:
-    lines = text.strip().splitlines()
-    if not lines:
-        return ""
-    shown = lines[-MOST_PRINTED_LINES:]
-    return "\nYour code printed:\n" + "\n".join(f"    {line[:200]}" for line in shown)
+    lines = [f"    {line[:200]}" for line in text.strip("\n").splitlines()]
+    left_out = len(lines) - FIRST_PRINTED_LINES - LAST_PRINTED_LINES
+    if left_out > 1:
+        lines[FIRST_PRINTED_LINES:-LAST_PRINTED_LINES] = [f"    ({left_out} lines are left out here)"]
+    return "\n".join([f"\n{PRINTED}", *lines])

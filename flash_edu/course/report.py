@@ -9,6 +9,7 @@ from flash_edu.course.manifest import Exercise
 from flash_edu.course.mistakes import Mistake
 
 PASS, FAIL, ERROR, UNWRITTEN, NOT_RUN = "pass", "fail", "error", "unwritten", "not run"
+PRINTED = "Your code printed:"  # in a message, above what it printed
 LABELS = {PASS: "pass", FAIL: "FAIL", ERROR: "FAIL", UNWRITTEN: "todo", NOT_RUN: "----"}
 
 # Middle tones: at least 3 : 1 against both a white and a black page (tests/course computes it).
@@ -69,10 +70,17 @@ class Report:
 
     def lines(self) -> list[Line]:
         lines = [Line(text) for text in self.problem.splitlines()]
+        named = {}  # function -> the exercise in which its mistake has a name
         for result in self.results:
             # A whole chapter is a long list, so there only the exercises that went wrong are opened.
+            cause = named.get(result.exercise.function)
             brief = len(self.results) > 1 and result.status not in (FAIL, ERROR)
-            lines += _summary(result) if brief else _details(result)
+            if cause and not brief and not result.suspects:
+                lines += _consequence(result, cause)
+            else:
+                lines += _summary(result) if brief else _details(result)
+            if result.suspects:
+                named.setdefault(result.exercise.function, result.exercise)
         return lines + [Line(text) for text in self.advice.splitlines()]
 
     def text(self) -> str:
@@ -105,6 +113,12 @@ def _summary(result: Result) -> list[Line]:
     return [Line(_title(result), f"{LABELS[result.status]}  ", _COLOUR_OF[result.status]), *lines]
 
 
+def _consequence(result: Result, cause: Exercise) -> list[Line]:
+    """The same function has a named mistake of an earlier step: this step's numbers would only lead away from it."""
+    advice = f"      Mend {cause.label} first. It is the same function, so its mistake may be all that is wrong here."
+    return [Line(_title(result), f"{LABELS[result.status]}  ", _COLOUR_OF[result.status]), Line(advice)]
+
+
 def _title(result: Result) -> str:
     return result.exercise.label + (": not written yet" if result.status == UNWRITTEN else "")
 
@@ -119,19 +133,28 @@ def held(results: tuple[Result, ...]) -> str:
 def _details(result: Result) -> list[Line]:
     """Once a mistake is named, what the claims after the first would advise only leads away from it."""
     lines = [Line(_title(result)), *_diagnosis(result)]
-    said = set()
+    said = {}  # what a message says -> the first claim that says it
     for claim in result.claims:
         lines.append(Line(claim.text, f"  {LABELS[claim.status]}  ", _COLOUR_OF[claim.status]))
         if claim.message and not (said and result.suspects):
-            message = "as above" if _essence(claim) in said else claim.message
+            first = said.setdefault(_essence(claim), claim)
+            message = claim.message if first is claim else _the_same(claim, first, result)
             lines += [Line(" " * 8 + text) for text in message.splitlines()]
-            said.add(_essence(claim))
     return lines
+
+
+def _the_same(claim: Claim, earlier: Claim, result: Result) -> str:
+    """A long list may stand between the two, so it says where the message is, and not that it is above."""
+    label = LABELS[claim.status]
+    begins = next(other for other in result.claims if LABELS[other.status] == label)
+    where = f"the first {label}" if earlier is begins else f'"{earlier.text}"'
+    return f"{'stops at the same line' if ', line ' in claim.message else 'the same'} as {where}"
 
 
 def _essence(claim: Claim) -> str:
     """Errors are the same if only their numbers differ: one line of code fails on inputs of several sizes."""
-    return re.sub(r"\d+", "#", claim.message) if claim.status == ERROR else claim.message
+    said = claim.message.partition(f"\n{PRINTED}")[0]
+    return re.sub(r"\d+", "#", said) if claim.status == ERROR else said
 
 
 def _diagnosis(result: Result) -> list[Line]:

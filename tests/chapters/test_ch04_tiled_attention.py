@@ -11,7 +11,7 @@ from frames import left_alone
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_edu.figures import largest_allocation, peak_memory, watch
-from flash_edu.reference import naive_attention_with_lse
+from flash_edu.reference import causal_mask, naive_attention_with_lse
 from flash_edu.testing import assert_close, eager, make_case, truth
 
 INF = math.inf
@@ -42,9 +42,10 @@ def tiled(answer, case, block_q, block_k):
     return *got, asked
 
 
-def assert_attention(answer, case, block_q, block_k, look):
-    """Output and LSE are as near to the truth as plain PyTorch's."""
+def assert_attention(answer, case, block_q, block_k, look, nan=None):
+    """Output and LSE are as near to the truth as plain PyTorch's. `nan`: where to look if there is NaN."""
     out, lse, asked = tiled(answer, case, block_q, block_k)
+    look = nan if nan and (out.isnan().any() or lse.isnan().any()) else look
     rest = "so m and l are too. What is left is acc, and its division by l."
     try:
         assert_both(out, lse, truth(case), eager(case), rest, tile=block_q)
@@ -66,6 +67,16 @@ def assert_both(out, lse, want, plain, rest, tile=None):
             shown = f"Every L is right, {rest}"
         raise AssertionError(f"{wrong}\n{shown}") from None
     assert_near("L", lse, want["lse"], plain["lse"], tile=tile)
+
+
+def still_right(answer, what, *claims):
+    """Claims of an earlier exercise, made again: a later step mends the same lines."""
+    for claim in claims:
+        try:
+            claim(answer)
+        except AssertionError as wrong:
+            said = claim.__doc__.splitlines()[0]
+            raise AssertionError(f'{what}, "{said}":\n{wrong}') from None
 
 
 # 4.1 tiled_attention
@@ -273,7 +284,7 @@ RULE = "Query i sees key j if j <= i + Nk - Nq: the last query sees every key."
 
 @pytest.mark.exercise("4.2")
 @pytest.mark.parametrize(
-    "n, block_q, block_k", [(32, 8, 8), (48, 8, 16), (48, 16, 8), (30, 15, 6), (32, 32, 32), (12, 1, 1)]
+    "n, block_q, block_k", [(32, 8, 8), (48, 8, 16), (48, 16, 8), (30, 15, 6), (30, 3, 2), (32, 32, 32), (12, 1, 1)]
 )
 def test_causal(answer, n, block_q, block_k):
     """each word sees itself and the words before it, whatever the tiles"""
@@ -377,17 +388,57 @@ class _MasksMade(TorchDispatchMode):
 @pytest.mark.exercise("4.2")
 def test_masks_on_the_diagonal(answer):
     """only the tiles that the diagonal cuts are masked"""
-    case = make_case(1, 1, nq=64, nk=80, d=12, causal=True, seed=10)
-    with _MasksMade((4, 8)) as masks:  # of the 104 live tiles, the diagonal cuts one a row: 16
-        answer.tiled_attention(case.q, case.k, case.v, causal=True, block_q=4, block_k=8)
-    assert 0 < masks.count <= 3 * 16, (
-        f"Nq = 64, Nk = 80, block_q=4, block_k=8: {masks.count} masks were made for 104 live tiles; the diagonal cuts 16 of them.\n"
-        "The answer may be right, but in the other tiles every row sees every key. Make a mask only if the last key of the\n"
-        "tile, start_k + block_k - 1, is hidden from its first row, start_q (whose last visible key is start_q + Nk - Nq)."
-    )
+    for nq, nk, block_q, block_k in ((64, 80, 4, 8), (30, 30, 3, 2), (24, 16, 3, 2)):
+        one = _masks_made(answer, block_q, block_k, block_q, block_k)  # all that is made for one tile, which is cut
+        made = _masks_made(answer, nq, nk, block_q, block_k)
+        tiles = [
+            tile
+            for rows in causal_mask(nq, nk).split(block_q)
+            for tile in rows.split(block_k, dim=1)
+            if tile.any()
+        ]
+        cut = sum(not tile.all() for tile in tiles)
+        asked = f"Nq = {nq}, Nk = {nk}, block_q={block_q}, block_k={block_k}, causal=True\n"
+        assert one and made, f"{asked}A tile that the diagonal cuts got no mask."
+        assert made <= one * cut, (
+            f"{asked}{made // one} of the {len(tiles)} live tiles were masked; the diagonal cuts {cut} of them.\n"
+            "The answer may be right, but in the other tiles every row sees every key. Make a mask only if the last key of the\n"
+            "tile, start_k + block_k - 1, is hidden from its first row, start_q (whose last visible key is start_q + Nk - Nq)."
+        )
+
+
+def _masks_made(answer, nq, nk, block_q, block_k):
+    case = make_case(1, 1, nq=nq, nk=nk, d=12, causal=True, seed=10)
+    with _MasksMade((block_q, block_k)) as masks:
+        answer.tiled_attention(case.q, case.k, case.v, causal=True, block_q=block_q, block_k=block_k)
+    return masks.count
+
+
+FULL = (
+    test_one_row_two_tiles,
+    test_block_size,
+    test_values_of_another_width,
+    test_scale,
+    test_large_scores,
+    test_rows_far_apart,
+    test_rising_scores,
+    test_double_precision,
+    test_device,
+)
+
+
+@pytest.mark.exercise("4.2")
+def test_full_is_still_right(answer):
+    """without causal, full attention is still right"""
+    still_right(answer, "causal=False, a claim of 4.1", *FULL)
 
 
 # 4.3 ragged
+
+NAN = (
+    "NaN does not come from a padded key: its score is a number, 0. Look at the two exponentials of 4.1, which 4.2 mends:\n"
+    "S - anchor(m_new) and m - anchor(m_new), with m as it is. Then look at the division, where l is 0."
+)
 
 
 @pytest.mark.exercise("4.3")
@@ -401,7 +452,7 @@ def test_ragged(answer, nq, nk, block_q, block_k):
         "The last tile reaches past the end. load_tile fills it with zeros, and a key of zeros has score 0, not -inf:\n"
         "it takes weight from the real keys. Put -inf where keys >= nk."
     )
-    assert_attention(answer, make_case(2, 2, nq=nq, nk=nk, d=20, hot=3.0, seed=nq), block_q, block_k, look)
+    assert_attention(answer, make_case(2, 2, nq=nq, nk=nk, d=20, hot=3.0, seed=nq), block_q, block_k, look, NAN)
 
 
 @pytest.mark.exercise("4.3")
@@ -413,14 +464,14 @@ def test_padding_gets_no_weight(answer):
         "Every real score is far below 0. If a padded key counts with its score of 0, it takes all the weight, and its value\n"
         "is zeros. If it only counts for the maximum, every real weight is exp(-100) or less. Put -inf there before that."
     )
-    assert_attention(answer, case, 4, 8, look)
+    assert_attention(answer, case, 4, 8, look, NAN)
 
 
 @pytest.mark.exercise("4.3")
 def test_real_scores_of_zero(answer):
     """a real key may have the score 0: it is its number that says whether a key exists"""
     look = "All real scores are 0 here, like those of the padded keys. keys >= nk tells them apart, a score cannot."
-    assert_attention(answer, make_case(nq=11, nk=19, d=16, scale=0.0, seed=20), 4, 8, look)
+    assert_attention(answer, make_case(nq=11, nk=19, d=16, scale=0.0, seed=20), 4, 8, look, NAN)
 
 
 @pytest.mark.exercise("4.3")
@@ -428,7 +479,7 @@ def test_blocks_larger_than_the_lengths(answer):
     """blocks larger than the sequence"""
     look = "One tile holds everything, and most of it is padding. Are all keys from nk on hidden, and only those?"
     for nq, nk, block_q, block_k in ((5, 9, 64, 64), (9, 5, 16, 128), (1, 3, 32, 32), (3, 1, 32, 32)):
-        assert_attention(answer, make_case(heads=4, nq=nq, nk=nk, d=16, seed=nk), block_q, block_k, look)
+        assert_attention(answer, make_case(heads=4, nq=nq, nk=nk, d=16, seed=nk), block_q, block_k, look, NAN)
 
 
 @pytest.mark.exercise("4.3")
@@ -450,7 +501,7 @@ def test_ragged_and_causal(answer, nq, nk, block_q, block_k):
     """ragged and causal at once, with more queries than keys and with fewer"""
     look = f"Nk - Nq is any whole number here: the diagonal does not start in the corner of a tile.\n{RULE}"
     case = make_case(heads=3, nq=nq, nk=nk, d=16, hot=3.0, causal=True, seed=nq)
-    assert_attention(answer, case, block_q, block_k, look)
+    assert_attention(answer, case, block_q, block_k, look, NAN)
 
 
 @pytest.mark.exercise("4.3")
@@ -467,6 +518,14 @@ def test_no_keys(answer, causal):
         assert (out == 0).all() and (lse == -INF).all(), (
             f"{asked}\nO = {out[0, 0, 0].tolist()}, L = {lse[0, 0, 0]}\n{look}"
         )
+
+
+@pytest.mark.exercise("4.3")
+def test_earlier_steps_are_still_right(answer):
+    """where the blocks divide the lengths, full and causal attention are still right"""
+    still_right(answer, "causal=False, a claim of 4.1", *FULL)
+    causal = test_fewer_queries_than_keys, test_more_queries_than_keys, test_future_does_not_leak
+    still_right(answer, "causal=True, a claim of 4.2", *causal)
 
 
 # 4.4 merge_attention

@@ -96,7 +96,7 @@ def test_by_hand(answer):
     assert torch.allclose(got, want, rtol=1e-5), (
         f"The first four rows of O are\n{got}\nexpected, as in chapter 01,\n{want}\n"
         "Each key stands there four times, so each has a quarter of the weight, four times. One tile holds all keys:\n"
-        "print s, p and l in the kernel, and compare them with toy.scores."
+        "print(s) in the kernel, and compare it with toy.scores; then p, then l."
     )
     want = toy.scores.logsumexp(-1) + torch.tensor(4.0).log()
     assert torch.allclose(lse[0, 0, :4], want, rtol=1e-5), (
@@ -317,8 +317,10 @@ def test_more_queries(answer, nq, nk, block_m, block_n):
     first = (
         f"With {nq} queries and {nk} keys, rows 0 to {empty - 1} see no key. Tiles are {block_m} x {block_n}."
     )
-    assert not out.isnan().any() and not lse.isnan().any(), (
-        f"{first}\n{int(out.isnan().any(-1).sum())} rows of O and {int(lse.isnan().sum())} numbers of L are NaN.\n"
+    counts = {"rows of O": int(out.isnan().any(-1).sum()), "numbers of L": int(lse.isnan().sum())}
+    found = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    assert not found, (
+        f"{first}\nNaN: {found}.\n"
         "Three places can make NaN: s - m_new in p and m - m_new in alpha, where both are -inf, and acc / l, where both are 0."
     )
     assert (out[:, :, :empty] == 0).all() and (lse[:, :, :empty] == float("-inf")).all(), (

@@ -1,6 +1,6 @@
 """What an answer to chapter 08 must satisfy.
 
-Each kernel is judged alone: O, L and D that it needs are computed here, in fp64. The bound is that of flash_edu/testing.py.
+Each kernel is judged alone: O, L and Delta that it needs are computed here, in fp64. The bound is that of flash_edu/testing.py.
 Tiles are small, so that short sequences have many. Every run's outputs lie in memory full of NaN (frames.py).
 """
 
@@ -33,7 +33,7 @@ def case_of(nq, nk, d=16, batch=1, heads=2, **options):
 
 
 def solve(case):
-    """What the kernels are given: O, L, dL and D as the forward and the delta kernel leave them; and the right gradients."""
+    """What the kernels are given: O, L, dL and Delta as the forward and the delta kernel leave them; and the right gradients."""
     right = truth(case)
     out, lse = right["out"].to(case.q.dtype), right["lse"].float()
     dlse = case.dlse.masked_fill(lse.isinf(), 0.0)
@@ -157,8 +157,8 @@ def test_delta_by_hand(answer):
     with nan_outputs("Look at the store: mask=rows < Nq, at Delta + r.", "Delta"):
         got = answer.flash_delta(dout.to(device), out.to(device), dlse.to(device), block_m=16).cpu()
     assert got.flatten().tolist() == [7.0, 5.0, -2.0], (
-        f"dO = [1, 2], [0, 3], [1, 1]   O = [5, 1], [9, 2], [4, -4]   dL = 0, 1, 2\nD = {got.flatten().tolist()}, "
-        "expected [7, 5, -2].\nD = rowsum(dO * O) - dL: 1*5 + 2*1 - 0 = 7, then 0*9 + 3*2 - 1 = 5, then 4 - 4 - 2 = -2."
+        f"dO = [1, 2], [0, 3], [1, 1]   O = [5, 1], [9, 2], [4, -4]   dL = 0, 1, 2\nDelta = {got.flatten().tolist()}, "
+        "expected [7, 5, -2].\nDelta = rowsum(dO * O) - dL: 1*5 + 2*1 - 0 = 7, then 0*9 + 3*2 - 1 = 5, then 4 - 4 - 2 = -2."
     )
 
 
@@ -174,7 +174,7 @@ def judge_delta(answer, case, look, dlse=True, block_m=16, way=lambda x: x):
     want = (case.dout.double() * given.out.double()).sum(-1) - (given.dlse.double() if dlse else 0)
     plain = (case.dout.float() * given.out.float()).sum(-1) - (given.dlse if dlse else 0)
     try:
-        assert_close("D", got, want, plain, tile=block_m)
+        assert_close("Delta", got, want, plain, tile=block_m)
     except AssertionError as wrong:
         raise AssertionError(
             f"dO {tuple(case.dout.shape)}, {str(case.dout.dtype)[6:]}\n{wrong}\n{look}"
@@ -193,14 +193,14 @@ def test_delta(answer, nq, d):
 def test_delta_without_dlse(answer):
     """without a gradient of L, nothing is subtracted"""
     look = (
-        "HAS_DL is False here: D = rowsum(dO * O), and dL must not be read. Is the load inside `if HAS_DL:`?"
+        "HAS_DL is False here: Delta = rowsum(dO * O), and dL must not be read. Is the load inside `if HAS_DL:`?"
     )
     judge_delta(answer, case_of(21, 8), look, dlse=False)
 
 
 @pytest.mark.exercise("8.1")
 def test_delta_block_size(answer):
-    """block size does not change D"""
+    """block size does not change Delta"""
     for block_m in (16, 32, 128):
         judge_delta(
             answer,
@@ -400,7 +400,7 @@ def test_dkdv_begins_late(answer, nq, nk, block_n):
         look = (
             f"Keys {mine} to {nk - 1} are not seen by queries 0 to {unseen - 1}. If these queries are NaN, {name} is no longer right:\n"
             "they were read. Masked scores are not enough: 0 * NaN is NaN, and the reading is for nothing.\n"
-            "begin = max(0, first key + Nq - Nk), rounded down to a tile."
+            "begin = max(0, first key + Nq - Nk), rounded down to a tile's start."
         )
         compare(name, got[:, :, mine:], part, look)
 

@@ -18,7 +18,7 @@ from flash_edu.course import check as check_in_notebook
 from flash_edu.course.answers import answer_folder
 from flash_edu.course.judging import CheckFailed, run_check
 from flash_edu.course.cli import app
-from flash_edu.course.report import COLOURS, Report
+from flash_edu.course.report import COLOURS, FAIL, UNWRITTEN, Claim, Report, Result
 
 
 def statuses(report: Report) -> dict[str, list[str]]:
@@ -116,6 +116,13 @@ def test_a_wrong_value_is_told_in_the_words_of_the_claim(wrong):
     )
 
 
+def test_of_much_that_was_printed_the_first_and_the_last_lines_are_shown_once(course):
+    told = check(course, changed(add='print(*range(50), sep="\\n")\n    return 99'), "1.1").text()
+    assert told.count("  FAIL  ") == 3 and told.count("Your code printed:") == 1
+    printed = [line.strip() for line in told.split("Your code printed:\n")[1].split("\n  FAIL")[0].splitlines()]
+    assert printed == [*map(str, range(20)), "(70 lines are left out here)", *map(str, range(40, 50))]
+
+
 def test_a_function_that_returns_nothing_is_told_so(wrong):
     assert only(wrong, "1.2") == (
         "1.2 fraction\n"
@@ -141,7 +148,7 @@ def test_an_exception_is_told_with_the_learners_line_once(wrong):
         "        mine/ch01_small.py, line 43, in rest\n"
         "            return [1][5]\n"
         "  FAIL  the rest of 9 and 2 is 1\n"
-        "        as above"
+        "        stops at the same line as the first FAIL"
     )
 
 
@@ -169,9 +176,17 @@ def test_what_a_mask_leaves_out_of_a_load_is_not_zero(course):
 
 def test_errors_that_differ_in_a_number_are_told_once(course):
     told = check(course, changed(rest="return [a, b][a]"), "1.5").text()
-    assert told.count("list index out of range") == 1 and "as above" in told
+    assert told.count("list index out of range") == 1 and "stops at the same line as the first FAIL" in told
     told = check(course, changed(rest='raise ValueError(f"{a} is too large")'), "1.5").text()
-    assert "7 is too large" in told and "9 is too large" not in told and "as above" in told
+    assert "7 is too large" in told and "9 is too large" not in told
+    assert "stops at the same line as the first FAIL" in told
+
+
+def test_what_was_told_before_says_where(course):
+    told = [("a", FAIL, "x"), ("b", FAIL, "y"), ("c", FAIL, "y"), ("d", UNWRITTEN, "z"), ("e", UNWRITTEN, "z")]
+    claims = tuple(Claim(*claim) for claim in told)
+    text = Report((Result(course.find("1.1")[1][0], claims),)).text()
+    assert '  FAIL  c\n        the same as "b"\n' in text and "  todo  e\n        the same as the first todo" in text
 
 
 def test_a_changed_signature_is_told_in_words(course):

@@ -105,3 +105,10 @@ def test_the_same_failure(one, other, same):
     assert same_failure(("fail", one), ("fail", other)) == same
     assert not same_failure(("fail", one), ("error", one))
     assert not same_failure(("pass", ""), ("pass", ""))
+
+
+def test_once_a_mistake_is_named_a_later_step_of_the_same_function_is_told_in_short(course):
+    told = check(course, changed(load=LOAD.replace("2", "3"), add="return a + b + 0.5"), "1").text()
+    assert "the numbers are tripled" in told
+    assert "\nFAIL  1.4 negate\n      Mend 1.3 double first." in told
+    assert "add(1, 2) gave" in told  # another function: it keeps its numbers
