@@ -187,7 +187,7 @@ def flash_attention_varlen_with_lse(
         slopes=two_dims(alibi_slopes), cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, max_q=max_seqlen_q, max_k=max_seqlen_k,
     )  # fmt: skip
     out, lse = _attend(q, k, v, rules, backend)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1), lse.squeeze(0).transpose(0, 1)  # not [0], whose gradient is a copy
 
 
 def dense_rules(

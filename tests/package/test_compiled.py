@@ -17,7 +17,9 @@ def test_default_tiles(gpu):
     assert len(compiled) == (3 + 3 + 4 * (gpu == "sm_90")) * 2 * 4, "head dims (bf16, fp32, ragged) x causal x kernels"
     for kernel in compiled:
         full = kernel["head_dim"] in (64, 128, 256)  # rows that are no multiple of 16 numbers are read one number at a time
-        assert kernel["spilled_bytes"] == 0 or not full, f"spills registers: {kernel}"
+        # In fp32 ptxas may trade a few bytes for a third program on a multiprocessor; that was faster (kernels/tiles.py).
+        few = 64 if kernel["dtype"] == "float32" else 0
+        assert kernel["spilled_bytes"] <= few or not full, f"spills registers: {kernel}"
         assert kernel["shared_memory"] <= SHARED_MEMORY[gpu], f"does not fit in shared memory: {kernel}"
         assert not kernel["unset_registers"], f"reads a register that nothing was written to: {kernel}"
         assert not kernel["warnings"], f"ptxas warns (serialised wgmma?): {kernel}"

@@ -18,7 +18,7 @@ def with_tile(monkeypatch, block_m, block_n):
     from flash_edu.kernels.tiles import Tile
 
     for module in (forward, backward):
-        monkeypatch.setattr(module, "choose_tile", lambda *_: Tile(block_m, block_n, 4, 1))
+        monkeypatch.setattr(module, "choose_tile", lambda *_, **__: Tile(block_m, block_n, 4, 1))
 
 
 def dropped_weights(backend, p, seed):

@@ -48,6 +48,10 @@ WRONG_CALLS = {
     "q is sparse": (lambda: call(q=x().to_sparse()), TypeError, ["q", "dense", "sparse"]),
     "q is int": (lambda: call(q=x(dtype=torch.int64)), TypeError, ["q", "float16", "int64"]),
     "v is complex": (lambda: call(v=x(dtype=torch.complex64)), TypeError, ["v", "float16", "complex64"]),
+    "q is float8": (
+        lambda: call(q=x().to(torch.float8_e4m3fn)), NotImplementedError, ["q", "float8_e4m3fn", "24 times", "pass bfloat16"]
+    ),
+    "v is float8": (lambda: call(v=x().to(torch.float8_e5m2)), NotImplementedError, ["v", "float8_e5m2", "pass bfloat16"]),
     "dtypes differ": (lambda: call(k=x(dtype=torch.float16)), TypeError, ["k", "dtype of q", "float16", "float32"]),
     "devices differ": (lambda: call(v=x(device="meta")), ValueError, ["v", "device of q", "meta", "cpu"]),
     "head_dim too large": (lambda: call(*3 * [x(1, 1, 8, 257)]), NotImplementedError, ["q", "256", "257"]),

@@ -261,7 +261,7 @@ def test_a_row_that_sees_nothing(backend):
 @pytest.mark.parametrize("heads", [(8, 1), (32, 8), (8, 8), (40, 1)], ids=str)
 @pytest.mark.parametrize("page_size", [None, 16, 64, 256])
 def test_long_sequences(page_size, heads, d, dtype):
-    lengths = (5000, 1, 2048, 777)
+    lengths = (5000, 4, 2048, 777)  # each has room for the new ones
     for nq in (1, 4):
         check(make_problem(lengths, *heads, nq, d, dtype=dtype, page_size=page_size, new=nq, hot=2.0), "triton")
         check(make_problem(lengths, *heads, nq, d, dtype=dtype, page_size=page_size, window=(1000, 0)), "triton")
