@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flash_edu import kvcache_reference
 from flash_edu.layout import empty_output, in_rows
+from flash_edu.operators import operator
 
 
 def _implementation(backend: str):
@@ -43,22 +44,14 @@ def _(k_cache, v_cache, k, v, cache_seqlens, block_table, backend):
     return None
 
 
-@torch.library.custom_op("flash_edu::kvcache_attention", mutates_args=())
+@operator(
+    "kvcache_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, SymInt new, SymInt left, SymInt right, "
+    "float scale, float? softcap, Tensor? alibi_slopes, Tensor? sinks, str backend) -> Tensor",
+)
 def kvcache_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    new: int,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    backend: str,
-) -> Tensor:
+    q, k_cache, v_cache, cache_seqlens, block_table, new, left, right, scale, softcap, alibi_slopes, sinks, backend
+):
     """out (B, Hq, Nq, Dv) over the first cache_seqlens + new keys of each sequence; query i, at i + length -
     Nq, sees `left` keys before and `right` keys after its own place. The rest as in
     `flash_attention_kvcache`, already checked."""

@@ -472,9 +472,9 @@ def test_opcheck(page_size, backend):
     slopes = torch.rand(4, device=DEVICE)
     torch.library.opcheck(kvcache_ops.kvcache_append, (p.k_cache, p.v_cache, p.k, p.v, p.seqlens, p.table, backend))
     attention = (p.q, p.k_cache, p.v_cache, p.seqlens, p.table, 2, 7, 0, 0.25, 3.0, slopes, slopes, backend)
-    torch.library.opcheck(kvcache_ops.kvcache_attention, attention)
+    torch.library.opcheck(kvcache_ops.kvcache_attention.overload, attention)
     attention = (p.q.mT.contiguous().mT, p.k_cache, p.v_cache, p.seqlens, p.table, 0, 7, 0, 0.25, None, None, None, backend)
-    torch.library.opcheck(kvcache_ops.kvcache_attention, attention)
+    torch.library.opcheck(kvcache_ops.kvcache_attention.overload, attention)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
