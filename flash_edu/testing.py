@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flash_edu.attention import dense_rules
 from flash_edu.reference import ScoreRules, naive_attention_with_lse, row_delta
+from flash_edu.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,13 @@ def _as_wide(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def by_formula(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, Tensor]:
     """What `flash_attention_with_lse` computes, by the formula, N x N matrix and all."""
-    return naive_attention_with_lse(q, k, v, rules=dense_rules(q, k, **options))
+    return naive_attention_with_lse(q, k, v, rules=rules_of(q, k, **options))
+
+
+def rules_of(q: Tensor, k: Tensor, *, scale: float | None = None, **options) -> Rules:
+    """Those of `flash_attention`, for any scale: the formula has a value at 0 and below, which flash_attention refuses."""
+    rules = dense_rules(q, k, **options)
+    return rules if scale is None else rules._replace(scale=scale)
 
 
 def truth(case: Case) -> dict[str, Tensor]:
@@ -127,7 +134,7 @@ def results_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0
     wide, group = lse.dtype, case.q.shape[1] // case.k.shape[1]
     lse = torch.where(lse.isinf(), lse, lse - slack * lse.abs())  # the other way than S: in S - L the two add up
     torch.manual_seed(case.seed)
-    rules = dense_rules(case.q, case.k, causal=case.causal, scale=case.scale, **case.options)
+    rules = rules_of(case.q, case.k, causal=case.causal, scale=case.scale, **case.options)
     delta = row_delta(case.dout.to(wide), _where_finite(case.dlse.to(wide), lse), out.to(wide))
     delta = delta - slack * (case.dout.to(wide) * out.to(wide)).abs().sum(-1)  # the other way than dP
     q, dout = (x.to(wide) for x in (case.q, case.dout))
