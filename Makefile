@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PORT ?= 8888
 EXAMPLES ?= 2000
+TOOL ?= memcheck
 CHAPTER_00 := $(firstword $(wildcard notebooks/00_*.ipynb))
 NBVAL := --nbval-lax --nbval-current-env
 
@@ -23,7 +24,7 @@ LAB := --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url='/lab/tree/$(CHAPTE
 	--ServerApp.port=$(PORT) --ServerApp.log_level=ERROR --LabApp.log_level=ERROR \
 	$(if $(CAN_SHOW),,--no-browser) $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: help lab test fuzz train check notebooks-gpu test-gpu gpu
+.PHONY: help lab test fuzz train check notebooks-gpu test-gpu sanitize gpu
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -53,6 +54,9 @@ check: $(READY)  ## judge your answers to one chapter: make check CH=4
 
 test-gpu: gpu  ## run the tests of the package and of the chapters on this machine's GPU
 	@$(RUN) -m pytest -q tests/chapters tests/package
+
+sanitize: gpu  ## compute-sanitizer over every branch of the kernels (TOOL=memcheck, racecheck, initcheck or synccheck)
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 $(RUN) tests/package/every_branch.py
 
 notebooks-gpu: gpu  ## run every notebook on this machine's GPU and store its outputs (TAR=FILE: copies in one file)
 	@$(RUN) -m flash_edu.course.notebooks $(if $(TAR),--tar '$(TAR)') notebooks/*.ipynb
