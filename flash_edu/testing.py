@@ -4,10 +4,10 @@ An answer is right if its error is at most twice the error that plain PyTorch ma
 rounding of the truth itself. No flat tolerance: at N = 4096 an output of all zeros is within 1e-2 of the truth.
 (The rule is that of the FlashAttention project's own tests: Dao et al., tests/test_flash_attn.py.)
 
-"Plain PyTorch" means, for out and for a gradient, the worst of four: the formula and autograd through it; P V and the backward's
-formulas, from O and L as a flash forward stores them; and the same with L and every sum in S, dP and D one rounding off, up or
-down. The last three round where autograd does not, in S - L and dP - D. How much a sum rounds depends on its order and on how
-the hardware multiplies: tensor cores make an fp32 product of three TF32 products. On small cases plain PyTorch is exact by luck.
+"Plain PyTorch" means, for a gradient, the worst of four: autograd through the formula; the backward's formulas, from O and L as
+a flash forward stores them; and the same with L and every sum in S, dP and D one rounding off, up or down. The last three round
+where autograd does not, in S - L and dP - D. How much a sum rounds depends on its order and on how the hardware multiplies:
+tensor cores make an fp32 product of three TF32 products. On small cases plain PyTorch is exact by luck.
 """
 from dataclasses import dataclass, field
 
@@ -126,7 +126,10 @@ def eager(case: Case) -> dict[str, Tensor]:
 
 
 def results_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0.0) -> dict[str, Tensor]:
-    """dq, dk, dv by the backward's formulas, untiled, from saved out and lse (FlashAttention-2, section 2.3); and out = P V.
+    """dq, dk, dv by the backward's formulas, untiled, from saved out and lse (FlashAttention-2, section 2.3).
+
+    With sinks also out = P V: only a sink makes L much larger than all scores of its row, and every P small, with the error of
+    a large exponent.
 
     slack: by how much each element of S, dP and D is off, as a share of the sum of the sizes of its terms, and each of L, as a
     share of its own.
@@ -149,9 +152,11 @@ def results_from_saved(case: Case, out: Tensor, lse: Tensor, *, slack: float = 0
     scaled = ds * slope * rules.scale
     kept = asked.dropped(p, rows, cols)
     of_keys = {"dk": scaled.mT @ q, "dv": kept.mT @ dout}
-    found = {"out": kept @ v, "dq": scaled @ k} | {name: x.unflatten(1, (-1, group)).sum(2) for name, x in of_keys.items()}
-    found = {name: x.to(case.q.dtype) for name, x in found.items()}
+    found = {"dq": scaled @ k} | {name: x.unflatten(1, (-1, group)).sum(2) for name, x in of_keys.items()}
     mask, sinks = case.options.get("attn_mask"), case.options.get("sinks")
+    if sinks is not None:
+        found["out"] = kept @ v
+    found = {name: x.to(case.q.dtype) for name, x in found.items()}
     if mask is not None and mask.is_floating_point():
         found["dattn_mask"] = (ds * mask_slope).sum_to_size(mask.shape).to(mask.dtype)
     if sinks is not None:
