@@ -185,6 +185,8 @@ def train_one_step(rank, world, folder):
     model = torch.nn.parallel.DistributedDataParallel(Model())
     half = [x.chunk(world)[rank] for x in padded_batch()]
     torch.save(gradients(model, *half), f"{folder}/gradients_{rank}.pt")
+    torch.distributed.barrier()  # who leaves first takes the other's connection down, and it may abort
+    del model
     torch.distributed.destroy_process_group()
 
 
