@@ -46,7 +46,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, q, "batch")
+        check_tensor(name, x, q)
     _check_shapes(tuple(q.shape), tuple(k.shape), tuple(v.shape))
     return q, k, v
 
@@ -133,15 +133,16 @@ def check_window(window: object) -> None:
         )
 
 
-def check_softcap(softcap: object) -> None:
+def check_softcap(softcap: object) -> float | None:
     if softcap is None:
-        return
+        return None
     require(
         isinstance(softcap, (int, float)) and not isinstance(softcap, bool),
         TypeError,
         lambda: f"softcap must be a number, got {type(softcap).__name__}",
     )
     require(0 < softcap < math.inf, ValueError, lambda: f"softcap must be positive and finite, got {softcap!r}")
+    return float(softcap)
 
 
 def check_mask(mask: object, q: Tensor, k: Tensor) -> None:

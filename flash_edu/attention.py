@@ -209,13 +209,12 @@ def _rules(q, causal, scale, window, softcap, sinks, dropout_p, **others) -> Rul
     """The rules that every kind of call has, and its others."""
     arguments.check_flag("causal", causal)
     arguments.check_window(window)
-    arguments.check_softcap(softcap)
     arguments.check_sinks(sinks, q)
     arguments.check_probability("dropout_p", dropout_p)
     left, right = limits(causal, window)
     return Rules(
         scale=q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale),
-        left=left, right=right, softcap=None if softcap is None else float(softcap), sinks=sinks,
+        left=left, right=right, softcap=arguments.check_softcap(softcap), sinks=sinks,
         dropout_p=float(dropout_p), seed=draw_seed(q.device) if dropout_p > 0 else None, **others,
     )  # fmt: skip
 

@@ -96,8 +96,7 @@ def flash_attention_kvcache(
     for name, x in zip(names, (q, k, v, k_cache, v_cache, alibi_slopes, sinks)):
         _reject_gradient(name, x)
     scale = q.shape[-1] ** -0.5 if scale is None else arguments.check_scale(scale)
-    arguments.check_softcap(softcap)
-    softcap = None if softcap is None else float(softcap)
+    softcap = arguments.check_softcap(softcap)
     left, right = _limits(causal, window)
     backend = pick_backend(backend, q)
     require(

@@ -4,9 +4,7 @@ Grid: bf16, d = 64 and 128, full and causal, N = 4k and 16k, 16384 tokens, heads
 4 B H N^2 d forward (half if causal) and 2.5 times that backward. A speed is only reported for a right answer.
 """
 import argparse
-import datetime
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-import flash_edu
+from flash_edu.bench import report
 from flash_edu.bench.peers import Attention, all_peers, ours
 from flash_edu.reference import naive_attention
 
@@ -106,17 +104,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs a CUDA GPU, and torch sees none here.")
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"flash_edu": flash_edu.__version__, "torch": torch.__version__, "triton": triton.__version__}
-        | {"cudnn": torch.backends.cudnn.version()},
-    }
+    about = report.about()
     print(about)
-    results = about | {"speeds": speeds(), "longest": longest()}
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    report.write(arguments.out, about | {"speeds": speeds(), "longest": longest()})
 
 
 if __name__ == "__main__":

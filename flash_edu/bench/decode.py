@@ -11,10 +11,8 @@ for a right answer.
 --tune tries tiles and numbers of splits instead, and prints the best ones for flash_edu/kernels/tiles.py.
 """
 import argparse
-import datetime
 import functools
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -27,8 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import flash_edu
 from flash_edu import flash_attention_kvcache
+from flash_edu.bench import report
 from flash_edu.kernels import decode as kernels
 from flash_edu.kernels.tiles import DECODE_TILES, HEAD_DIMS, DecodeTile
 from flash_edu.kvcache import LONGEST
@@ -292,14 +290,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs a CUDA GPU, and torch sees none here.")
     torch.manual_seed(0)
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"flash_edu": flash_edu.__version__, "torch": torch.__version__, "triton": triton.__version__}
-        | {"cudnn": torch.backends.cudnn.version()},
-        "d": arguments.d,
-        "copy_tbps": copy_rate(),
-    }
+    about = report.about() | {"d": arguments.d, "copy_tbps": copy_rate()}
     print(about, flush=True)
     if arguments.tune:
         results = about | {"tuning": tune(arguments.d)}
@@ -307,9 +298,7 @@ def main() -> None:
         results = about | {"python_us": python_path(), "speeds": measure(arguments.d)}
         print("\nmicroseconds of Python for one call:", {name: round(us, 1) for name, us in results["python_us"].items()})
         print(table(results["speeds"]))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.write(arguments.json, results)
 
 
 if __name__ == "__main__":

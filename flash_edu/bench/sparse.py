@@ -7,8 +7,6 @@ mask divides the sequence into parts of equal length and hides all others; it is
 made beforehand for both. A time is only reported for a right answer.
 """
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import flash_edu
 from flash_edu import Pattern, flash_attention
+from flash_edu.bench import report
 
 HEADS, N, D = 16, 16384, 128
 WINDOWS = (None, 4096, 1024, 256)
@@ -81,16 +79,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("The benchmark needs a CUDA GPU, and torch sees none here.")
     torch.manual_seed(0)
-    about = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"flash_edu": flash_edu.__version__, "torch": torch.__version__, "triton": triton.__version__},
-    }
+    about = report.about()
     print(about, flush=True)
-    results = about | {"times": measure()}
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.write(arguments.json, about | {"times": measure()})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Tile sizes: how many queries and keys a program holds at once, with how many warps and pipeline stages.
 
 Bigger tiles reuse each loaded byte more often, until they no longer fit in registers (the compiler spills) or in shared
-memory (launch.with_room then takes a smaller one). The table is chosen by what the compiler reports and by measurement, once, here: no search at
-the user's first call. Every tile of it is compiled by tests/package/test_compiled.py.
+memory (launch.with_room then takes a smaller one). The table is chosen by what the compiler reports and by measurement,
+once, here: no search at the user's first call. Every tile of it is compiled by tests/package/test_compiled.py.
 """
 from typing import NamedTuple
 

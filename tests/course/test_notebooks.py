@@ -308,7 +308,7 @@ BREAK = [
     (has_stable_ids, change(1, id="3f9a01bc")),
     (has_stable_ids, change(1, id="6f6a1b0e-7a35-4b7e-9d6c-0c1f5a7d2e44")),
     (names_no_machine, add_code("open('/home/me/data')")),
-    (names_no_machine, add_code("1", outputs=prints(text='File "/root/x.py"'))),
+    (names_no_machine, add_code("1", outputs=prints(text='File "/Users/me/x.py"'))),
     (ran_cleanly, add_code("1", outputs=[new_output("error", ename="E", evalue="", traceback=[])])),
     (ran_cleanly, add_code("1", outputs=prints(name="stderr"))),
     (ran_from_top_to_bottom, change(1, execution_count=None)),

@@ -225,5 +225,5 @@ def test_dropout_is_right_in_both_directions(backend):
 
     got, right, plain = differentiate(packed_batch, case, backend=backend), truth(case), eager(case)
     for name in right:
-        hidden = ~real[:, None, :, None] if name not in ("lse",) else ~real[:, None]
+        hidden = ~real[:, None, :, None] if name != "lse" else ~real[:, None]
         assert_close(name, *(x[name].masked_fill(hidden, 0.0) for x in (got, right, plain)))
