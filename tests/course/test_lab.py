@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-CHAPTERS = ["01", "04", "07"]
+CHAPTERS = ["01", "04", "07", "09"]
 RUN_ALL_SECONDS = 240
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
@@ -98,6 +98,7 @@ def lab(tmp_path_factory):
     for folder in ("notebooks", "exercises", "solutions", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", root)  # chapter 09 reads it
     write_broken_notebook(root / "notebooks" / "broken.ipynb")
 
     (scratch / "settings").mkdir()
