@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from statistics import median
 
+import links
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -27,10 +28,6 @@ MAX_BYTES = 2**20
 CHECKED = "nbval-check-output"
 
 
-# Fences, code spans and formulas, in which signs have other meanings than in prose.
-NOT_PROSE = re.compile(r"```.*?```|``.*?``|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", re.DOTALL)
-
-
 class Notebook:
     """A notebook as the rules see it: its text on disk, and its cells by kind."""
 
@@ -41,7 +38,7 @@ class Notebook:
         self.cells = self.node.cells
         self.code = [c for c in self.cells if c.cell_type == "code" and c.source.strip()]
         self.prose = "\n\n".join(c.source for c in self.cells if c.cell_type == "markdown")
-        self.words = NOT_PROSE.sub("", self.prose)
+        self.words = links.prose(self.prose)
 
     def outputs(self):
         for cell in self.code:
@@ -205,10 +202,7 @@ def renders_everywhere(notebook):
 
 
 def links_lead_somewhere(notebook):
-    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]*)\)", notebook.words):
-        beside = notebook.path.parent / target.partition("#")[0]
-        if not re.match(r"https?://|#", target) and not beside.exists():
-            yield f"the link to {target} leads nowhere"
+    yield from links.broken_links(notebook.path, notebook.prose, notebook.path.parent.parent)
 
 
 def belittles_nobody(notebook):
@@ -257,7 +251,7 @@ TEXT = """# 00 · Good
 
 **After this chapter you can** run it. **You need** nothing. **Time** 1 minute.
 
-> **Predict.** What does $a < b$ or `<tag>` print? See [the file](good.ipynb).
+> **Predict.** What does $a < b$ or `<tag>` print? See [the file](good.ipynb) and [above](#00-·-Good).
 
 <details><summary>Hint</summary>Look.</details>"""
 KERNEL = "@triton.jit\ndef a(): pass"
@@ -329,6 +323,8 @@ BREAK = [
     (renders_everywhere, add_text("![a picture](https://example.org/a.png)")),
     (renders_everywhere, add_text('<img src="https://example.org/a.png">')),
     (links_lead_somewhere, add_text("[next](01_missing.ipynb)")),
+    (links_lead_somewhere, add_text("[above](#Bad)")),
+    (links_lead_somewhere, add_text("[the paper](http://example.org)")),
     (belittles_nobody, add_text("It is just a sum.")),
 ]
 
