@@ -47,6 +47,7 @@ peak_memory(fn, *args, **kwargs) -> int
 
 Draw (each returns a figure: last in a cell, it is displayed once; fig.savefig(...) works)
 ------------------------------------------------------------------------------------------
+Each says in words what it shows: print(fig), or fig.description. The words are stored with the picture.
 tile_walk(trace, nq, nk, *, causal=False, title=None)
     A trace, or a list of ((q0, q1), (k0, k1)). Numbers are the order of visit; hatched tiles were skipped. For
     a Triton trace, one colour per program, which counts its own tiles.

@@ -12,8 +12,10 @@ from flash_edu.figures.style import (
     HATCH,
     INK,
     QUIET,
+    as_sentences,
     drawn,
     human_bytes,
+    listed,
     no_frame,
     picture,
     readable_on,
@@ -43,7 +45,28 @@ def softmax_evolution(history: list[dict], *, title: str | None = None) -> Figur
         _draw_output(panels["o"], np.stack([_numbers(step["o"]) for step in history]))
     if title:
         fig.suptitle(title, x=0.02, ha="left", fontsize=11)
+    blocks = f"{len(ends)} block" + ("s" if len(ends) != 1 else "")
+    story = f"A softmax over {ends[-1]} scores in {blocks}: {softmax_in_words(history, len(ends))}"
+    path = f"m went {', '.join(f'{x:.3g}' for x in m)}; l went {', '.join(f'{x:.3g}' for x in l)}"
+    fig.description = as_sentences(title, story, path if len(ends) <= 8 else None)
     return fig
+
+
+def softmax_in_words(history: list[dict], blocks: int) -> str:
+    """Where m, l, the weights and O stand after so many blocks."""
+    step = history[blocks - 1]
+    m, l = float(step["m"]), float(step["l"])
+    said = f"after block {blocks}, m = {m:.3g}, l = {l:.3g}"
+    scores = np.concatenate([_numbers(past["scores"]) for past in history[:blocks]])
+    if len(scores) <= 8:
+        said += f", weights {_row(np.exp(scores - m) / l)}"
+    if "o" in step and len(o := _numbers(step["o"])) <= 8:
+        said += f", O {_row(o)}"
+    return said
+
+
+def _row(numbers) -> str:
+    return f"[{', '.join(f'{x:.2f}' for x in numbers)}]"
 
 
 def _numbers(x) -> np.ndarray:
@@ -112,7 +135,14 @@ def memory_curve(
     ax.set(xlabel="N, sequence length (tokens)", ylabel=ylabel)
     if title:
         ax.set_title(title)
+    ends = (f"{name}, {_curve_in_words(*curve)}" for name, curve in curves.items())
+    fig.description = as_sentences(title, f"{ylabel.capitalize()} against sequence length: {'; '.join(ends)}")
     return fig
+
+
+def _curve_in_words(ns, nbytes) -> str:
+    (first, *_, last), (low, *_, high) = (ns, nbytes) if len(ns) > 1 else (list(ns) * 2, list(nbytes) * 2)
+    return f"{human_bytes(low)} at {first:,} to {human_bytes(high)} at {last:,}"
 
 
 def draw_memory(ax, curves: dict[str, tuple[list[int], list[float]]]) -> None:
@@ -158,15 +188,16 @@ def bars(values: dict[str, float], unit: str, *, title: str | None = None, log: 
     ax = fig.subplots()
     names, numbers = list(values), [float(x) for x in values.values()]
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    labels = [human_bytes(x) if unit == "B" else f"{_short(x)} {unit}" for x in numbers]
     ax.barh(names, numbers, color=colours, height=0.62, log=log)
-    for i, x in enumerate(numbers):
-        label = human_bytes(x) if unit == "B" else f"{_short(x)} {unit}"
+    for i, (x, label) in enumerate(zip(numbers, labels)):
         ax.annotate(label, (x, i), (5, 0), textcoords="offset points", va="center", fontsize=9)
     ax.invert_yaxis()
     ax.margins(x=0.18)
     if unit == "B":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human_bytes(x)))
         ax.xaxis.set_major_locator(_byte_ticks(max(numbers, default=1))) if not log else None
+    fig.description = as_sentences(title, "Bars: " + listed(f"{n} {x}" for n, x in zip(names, labels)))
     ax.set_xlabel("" if unit == "B" else unit)  # bytes have theirs on the ticks
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
@@ -194,12 +225,15 @@ def loss_curves(
     """{name: losses}, one a step, or {name: [(step, loss), ...]}. `baseline`: a number, or (label, number)."""
     fig = picture()
     ax = fig.subplots()
-    styles = ("-", "--", "-.", ":")
+    styles, said = ("-", "--", "-.", ":"), []
     for i, (name, history) in enumerate(histories.items()):
         points = [p if isinstance(p, tuple | list) else (step, float(p)) for step, p in enumerate(history, 1)]
+        (first, low), (last, high) = points[0], points[-1]
+        said.append(f"{name}, {float(low):.3g} at step {first} to {float(high):.3g} at step {last}")
         ax.plot(*zip(*points), label=name, linestyle=styles[i % len(styles)], linewidth=1.8)
     if baseline is not None:
         label, level = baseline if isinstance(baseline, tuple | list) else ("baseline", baseline)
+        said.append(f"{label} is {float(level):.3g}")
         ax.axhline(float(level), color=INK, linewidth=1, linestyle=(0, (1, 2)), gid="baseline")
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         style = {"ha": "left", "va": "center", "fontsize": 8.5}  # outside, where no curve can be
@@ -207,6 +241,7 @@ def loss_curves(
     ax.set(xlabel="step", ylabel=ylabel)
     ax.grid(True, axis="y", color="#E6E6E6", linewidth=0.8)
     ax.legend(loc="best")
+    fig.description = as_sentences(title, f"{ylabel.capitalize()} against step: {'; '.join(said)}")
     if title:
         ax.set_title(title)
     return fig

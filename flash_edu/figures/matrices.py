@@ -12,7 +12,19 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from flash_edu.figures.style import ALARM, HATCH, INK, QUIET, TINTS, drawn, no_frame, picture, readable_on
+from flash_edu.figures.style import (
+    ALARM,
+    HATCH,
+    INK,
+    QUIET,
+    TINTS,
+    as_sentences,
+    drawn,
+    listed,
+    no_frame,
+    picture,
+    readable_on,
+)
 from flash_edu.figures.trace import Rows, Trace, row_axis
 
 _CAUSAL = {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))}
@@ -43,7 +55,26 @@ def tile_walk(
     ax.set(xlabel="key (row of K)", ylabel="query (row of Q)")
     fig.text(0.02, 0.965, title or f"{visited} of {_count(tiles, 'tile')} visited", va="top", fontsize=11)
     _explain_walks(ax, walks, causal, skipped=visited < tiles)
+    kind = "causal score matrix" if causal else "score matrix"
+    head = f"A {kind} of {_count(nq, 'query')} and {_count(nk, 'key')}: {visited} of {_count(tiles, 'tile')} visited"
+    skipped = f", {tiles - visited} never loaded" if visited < tiles else ""
+    fig.description = as_sentences(title, head + skipped, _walks_in_words(walks))
     return fig
+
+
+def _walks_in_words(walks: dict[tuple, list]) -> str:
+    walks = {program: walk for (_, program), walk in walks.items() if walk}
+    if len(walks) > 1:
+        counts = listed(len(walk) for walk in walks.values())
+        return f"{len(walks)} programs visit {counts} tiles"
+    return "".join(f"First {tile_in_words(w[0])}, last {tile_in_words(w[-1])}" for w in walks.values())
+
+
+def tile_in_words(tile: tuple[Rows, Rows]) -> str:
+    """((0, 4), (8, 9)) -> "queries 0-3 with key 8"."""
+    (q0, q1), (k0, k1) = tile
+    queries = f"queries {q0}-{q1 - 1}" if q1 - q0 > 1 else f"query {q0}"
+    return queries + (f" with keys {k0}-{k1 - 1}" if k1 - k0 > 1 else f" with key {k0}")
 
 
 def _matrix_axes(fig: Figure, nq: int, nk: int):
@@ -154,7 +185,8 @@ def _explain_walks(ax, walks: dict[tuple, list], causal: bool, skipped: bool) ->
 
 
 def _count(n: int, thing: str) -> str:
-    return f"{n} {thing}" + ("s" if n != 1 else "")
+    plural = thing[:-1] + "ies" if thing.endswith("ry") else thing + "s"
+    return f"{n} {thing if n == 1 else plural}"
 
 
 @drawn
@@ -193,7 +225,23 @@ def weights(matrix, words=None, *, columns=None, title: str | None = None, decim
     no_frame(ax)
     if title:
         ax.set_title(title)
+    fig.description = as_sentences(title, *_matrix_in_words(matrix, words, columns, decimals))
     return fig
+
+
+def _matrix_in_words(matrix: np.ndarray, words, columns, decimals: int):
+    """Each row's numbers if there are few; of many, the largest of the row."""
+    rows, cols = matrix.shape
+    yield f"A matrix of {_count(rows, 'row')} (queries) and {_count(cols, 'column')} (keys)"
+    names = [f"{i} ({words[i]})" if words is not None else str(i) for i in range(rows)]
+    for name, row in zip(names[:16], matrix):
+        if cols <= 8:
+            numbers = (f"{x:.{decimals}f}" if np.isfinite(x) else "masked" for x in row)
+            yield f"Row {name}: {', '.join(numbers)}"
+        elif np.isfinite(row).any():
+            best = int(np.where(np.isfinite(row), row, -np.inf).argmax())
+            key = f"{best} ({columns[best]})" if columns is not None else best
+            yield f"Row {name}: largest {row[best]:.{decimals}f}, at key {key}"
 
 
 def _name_ticks(set_ticks, n: int, names) -> None:
@@ -236,7 +284,11 @@ def error_map(got: Tensor, want: Tensor, *, tile: int | None = None, title: str 
     if tile:
         _mark_tiles(ax, n, d, tile)
     ax.set(xlabel="column of the output", ylabel="row (query)")
-    ax.set_title(title or _error_headline(error, broken, largest, place))
+    headline = _error_headline(error, broken, largest, place)
+    ax.set_title(title or headline)
+    size = f"The error of {_count(n, 'row')} with {_count(d, 'number')} each"
+    tail = f"The tail has {_count(n % tile, 'row')}" if tile and n % tile and n > tile else None
+    fig.description = as_sentences(title, f"{size}: {headline}", tail)
     return fig
 
 

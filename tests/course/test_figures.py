@@ -27,6 +27,7 @@ from flash_edu.figures import (
     peak_memory,
     readme,
     softmax_evolution,
+    style,
     tile_walk,
     trace_backward,
     trace_file,
@@ -561,7 +562,7 @@ def test_pictures_are_small_and_white_whatever_the_readers_style(name):
     with matplotlib.style.context("dark_background"):
         before = matplotlib.rcParams.copy()
         fig = PICTURES[name]()
-        png = fig._repr_png_()
+        png, _ = fig._repr_png_()
         # All but the backend: asking for it chooses one.
         assert all(matplotlib.rcParams[key] == before[key] for key in before if key != "backend")
     assert len(png) < 40 * 1024
@@ -573,6 +574,83 @@ def test_pictures_are_small_and_white_whatever_the_readers_style(name):
     frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     assert (frame > 250).all(), "something is cut off at the edge"
     assert image.min() < 90, "no dark text"
+
+
+SCORES = torch.tensor([1.0, 3.0, 2.0, 5.0])
+WALK = [((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))]
+
+
+@pytest.mark.parametrize(
+    "draw, said",
+    [
+        (
+            lambda: tile_walk(WALK, 8, 8, causal=True, title="A walk"),
+            "A walk. A causal score matrix of 8 queries and 8 keys: 3 of 4 tiles visited, 1 never loaded."
+            " First queries 0-3 with keys 0-3, last queries 4-7 with keys 4-7.",
+        ),
+        (
+            lambda: tile_walk([((0, 4), (0, 1))], 4, 1),
+            "A score matrix of 4 queries and 1 key: 1 of 1 tile visited."
+            " First queries 0-3 with key 0, last queries 0-3 with key 0.",
+        ),
+        (
+            lambda: tile_walk(trace_forward(32, 32, causal=True), 32, 32, causal=True),
+            "A causal score matrix of 32 queries and 32 keys: 3 of 4 tiles visited, 1 never loaded."
+            " 2 programs visit 2 and 1 tiles.",
+        ),
+        (
+            lambda: softmax_evolution(softmax_history(SCORES, 2)),
+            "A softmax over 4 scores in 2 blocks: after block 2, m = 5, l = 1.2, weights [0.02, 0.11, 0.04, 0.83],"
+            " O [5.00, 1.20]. m went 3, 5; l went 1.14, 1.2.",
+        ),
+        (
+            lambda: memory_curve({"a": ([64, 128, 2048], [2**20, 2**21, 2**30]), "b": ([64], [10])}, ylabel="kept"),
+            "Kept against sequence length: a, 1 MiB at 64 to 1 GiB at 2,048; b, 10 B at 64 to 10 B at 64.",
+        ),
+        (lambda: bars({"a": 2**20, "b": 512}, "B", title="Moved"), "Moved. Bars: a 1 MiB and b 512 B."),
+        (lambda: bars({"a": 2.0}, "ms"), "Bars: a 2 ms."),
+        (
+            lambda: weights(torch.tensor([[1.0, -torch.inf], [0.25, 0.75]]), ["the", "cat"], title="P"),
+            "P. A matrix of 2 rows (queries) and 2 columns (keys). Row 0 (the): 1.00, masked. Row 1 (cat): 0.25, 0.75.",
+        ),
+        (
+            lambda: weights(torch.eye(9)[:2]),
+            "A matrix of 2 rows (queries) and 9 columns (keys)."
+            " Row 0: largest 1.00, at key 0. Row 1: largest 1.00, at key 1.",
+        ),
+        (
+            lambda: loss_curves({"a": [4.0, 3.0], "b": [(10, 2.0), (20, 1.5)]}, baseline=("pairs", 2.5)),
+            "Loss (nats) against step: a, 4 at step 1 to 3 at step 2; b, 2 at step 10 to 1.5 at step 20; pairs is 2.5.",
+        ),
+        (
+            lambda: error_map(torch.eye(5), torch.zeros(5, 5), tile=2),
+            "The error of 5 rows with 5 numbers each: largest error 1.0e+00, row 0, column 0. The tail has 1 row.",
+        ),
+    ],
+)
+def test_a_picture_says_what_it_shows(draw, said):
+    fig = draw()
+    assert fig.description == said
+    _, metadata = fig._repr_png_()
+    assert metadata == {"alt": said} and repr(fig) == said
+
+
+def test_a_picture_of_another_kind_says_what_can_be_read_off_it():
+    fig = style.picture()
+    ax = fig.subplots()
+    assert repr(fig) == "A picture without a title."
+    ax.plot([1, 2], label="a line")
+    ax.set_title("Speed?", loc="left")
+    ax.set(xlabel="N", ylabel="ms")
+    fig.suptitle("All of it")
+    assert repr(fig) == "All of it. Speed?: ms, N: a line."
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_words_for_a_picture_are_short(name):
+    torch.manual_seed(0)
+    fig = PICTURES[name]()
+    assert fig.description and len(fig.description) < 1000 and "\n" not in fig.description
 
 
 def test_a_notebook_shows_a_picture_once():
@@ -589,6 +667,11 @@ def test_a_notebook_shows_a_picture_once():
     images = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in notebook.cells]
     assert images == [0, 1, 1, 1, 0]
     assert all(len(cell.outputs) == shown for cell, shown in zip(notebook.cells, images))  # and no stderr
+    before, after = (notebook.cells[number].outputs[0] for number in (1, 3))
+    for output in (before, after):
+        assert output.data["text/plain"] == "Bars: a 1 ms."
+        assert output.metadata == {"image/png": {"alt": "Bars: a 1 ms."}}
+    assert after.data == before.data  # pyplot's own way to show figures would be larger
 
 
 def test_the_readmes_picture_is_measured():

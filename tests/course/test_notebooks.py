@@ -132,6 +132,17 @@ def names_the_gpu(notebook):
         yield "no output names a GPU: make notebooks-gpu"
 
 
+def describes_its_pictures(notebook):
+    """For readers who do not see. Pictures that were stored before they could say what they show pass until then."""
+    before = re.compile(r"<(?:Picture|Figure) size .*>")
+    for cell, output in notebook.outputs():
+        data = output.get("data", {})
+        if "image/png" not in data or before.fullmatch(data.get("text/plain", "")):
+            continue
+        if not output.metadata.get("image/png", {}).get("alt", "").strip():
+            yield f"the picture of cell {cell.id} has no alt in its metadata: draw it with flash_edu.figures"
+
+
 # --- the code ---------------------------------------------------------------------------------------------
 
 
@@ -222,6 +233,7 @@ RULES = [
     ran_from_top_to_bottom,
     checks_outputs,
     names_the_gpu,
+    describes_its_pictures,
     imports_flash_edu_first,
     has_short_cells,
     asserts_something,
@@ -287,6 +299,11 @@ def prints(name="stdout", text="x"):
     return [new_output("stream", name=name, text=text)]
 
 
+def picture(metadata, text="A tile walk."):
+    data = {"image/png": "iVBORw0KGgo=", "text/plain": text}
+    return new_output("execute_result", data=data, metadata=metadata, execution_count=1)
+
+
 def change(position, **values):
     return lambda node: node.cells[position].update(values)
 
@@ -310,6 +327,8 @@ BREAK = [
     (checks_outputs, lambda node: node.cells[1].metadata.clear()),
     (checks_outputs, change(1, outputs=[])),
     (names_the_gpu, lambda node: [cell.update(outputs=[]) for cell in node.cells[1:]]),
+    (describes_its_pictures, add_code("1", outputs=[picture({})])),
+    (describes_its_pictures, add_code("1", outputs=[picture({"image/png": {"alt": " "}})])),
     (imports_flash_edu_first, change(1, source="import torch")),
     (imports_flash_edu_first, change(1, source="import triton\nimport flash_edu")),
     (has_short_cells, add_code("x = 1\n" * 21)),
@@ -340,6 +359,13 @@ def test_a_bad_notebook_breaks_the_rule(rule, spoil, tmp_path):
     node = good()
     spoil(node)
     assert list(rule(as_read(node, tmp_path)))
+
+
+def test_a_picture_passes_with_its_description_or_from_before_there_was_one(tmp_path):
+    node = good()
+    old = picture({}, text="<Picture size 600x350 with 1 Axes>")
+    add_code("1", outputs=[picture({"image/png": {"alt": "A tile walk."}}), old])(node)
+    assert list(describes_its_pictures(as_read(node, tmp_path))) == []
 
 
 @pytest.mark.parametrize("section", ["What changed", "What comes next"])
