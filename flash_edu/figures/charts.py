@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 
+from flash_edu.figures.player import Player, by_gid, player
 from flash_edu.figures.style import (
     COLOURS,
     HATCH,
@@ -52,6 +53,45 @@ def softmax_evolution(history: list[dict], *, title: str | None = None) -> Figur
     return fig
 
 
+@drawn
+def play_softmax(history: list[dict], *, title: str | None = None) -> Player:
+    """`softmax_evolution`, one block after the other."""
+    fig = softmax_evolution(history, title=title)
+    return player(_block_by_block(fig, history), fig, pause_ms=1200)
+
+
+def _block_by_block(fig: Figure, history: list[dict]):
+    for ax in fig.axes:
+        ax.autoscale(False)
+    (scores,), (m,) = by_gid(fig, "scores"), by_gid(fig, "m")
+    (x, y), stairs = scores.get_data(), m.get_data()
+    curves = [(line, *line.get_data()) for line in by_gid(fig, "o")]
+    below = by_gid(fig, "weight") + by_gid(fig, "unseen")  # a row of the panel for each block
+    ends = np.cumsum([len(_numbers(step["scores"])) for step in history])
+    for block, end in enumerate(ends, start=1):
+        scores.set_data(x[:end], y[:end])
+        m.set_data(stairs.values[:block], stairs.edges[: block + 1])
+        for artist in below:
+            artist.set_visible(_height_of(artist) < block + 0.5)
+        for artist in by_gid(fig, "l"):
+            artist.set_visible(_place_of(artist) < block + 0.5)
+        for line, steps, values in curves:
+            line.set_data(steps[:block], values[:block])
+        for line in by_gid(fig, "o at the end"):
+            line.set_visible(block == len(history))
+        said = softmax_in_words(history, block)
+        yield f"{said[0].upper()}{said[1:]}."
+
+
+def _height_of(artist) -> float:
+    """Of a square its upper edge, of a number its middle."""
+    return artist.get_y() if isinstance(artist, Rectangle) else artist.get_position()[1]
+
+
+def _place_of(artist) -> float:
+    return artist.get_x() if isinstance(artist, Rectangle) else artist.get_position()[0]
+
+
 def softmax_in_words(history: list[dict], blocks: int) -> str:
     """Where m, l, the weights and O stand after so many blocks."""
     step = history[blocks - 1]
@@ -77,9 +117,9 @@ def _draw_scores(ax, scores: np.ndarray, m: np.ndarray, ends: np.ndarray) -> Non
     starts = np.concatenate([[0], ends[:-1]])
     for start, end, shade in zip(starts, ends, np.arange(len(ends)) % 2):
         ax.axvspan(start - 0.5, end - 0.5, color="#F1F1F1" if shade else "white", linewidth=0)
-    ax.plot(scores, "o", color=QUIET, markersize=4.5 if len(scores) <= 32 else 2.5, label="score")
+    ax.plot(scores, "o", color=QUIET, markersize=4.5 if len(scores) <= 32 else 2.5, label="score", gid="scores")
     edges = np.concatenate([starts, ends[-1:]]) - 0.5
-    ax.stairs(m, edges, baseline=None, color=COLOURS[1], linewidth=2, label="m")
+    ax.stairs(m, edges, baseline=None, color=COLOURS[1], linewidth=2, label="m", gid="m")
     ax.set(title="m, the largest so far", xlim=(-0.5, ends[-1] - 0.5), ylabel="score")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     ax.set_xlabel("key")
@@ -87,10 +127,10 @@ def _draw_scores(ax, scores: np.ndarray, m: np.ndarray, ends: np.ndarray) -> Non
 
 def _draw_sum(ax, l: np.ndarray) -> None:
     steps = np.arange(1, len(l) + 1)
-    ax.bar(steps, l, color=COLOURS[0], width=0.6)
+    ax.bar(steps, l, color=COLOURS[0], width=0.6, gid="l")
     if len(l) <= 6:
         for x, y in zip(steps, l):
-            ax.text(x, y, f"{y:.3g}", ha="center", va="bottom", fontsize=8)
+            ax.text(x, y, f"{y:.3g}", ha="center", va="bottom", fontsize=8, gid="l")
     ax.set(title="l, sum of exp(score - m)", xlabel="after block", ylim=(0, l.max() * 1.22))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
@@ -104,6 +144,7 @@ def _draw_weights(ax, scores: np.ndarray, m: np.ndarray, l: np.ndarray, ends: np
             ax.add_patch(Rectangle((j - 0.5, step + 0.54), 1, 0.92, facecolor=fill, gid="weight"))
             if len(scores) <= 8:
                 style = {"ha": "center", "va": "center", "fontsize": 8.5, "color": readable_on(fill)}
+                style["gid"] = "weight"
                 ax.text(j, step + 1, f"{weight:.2f}", **style)
         if end < len(scores):
             ax.add_patch(Rectangle((end - 0.5, step + 0.54), len(scores) - end, 0.92, gid="unseen", **HATCH))
@@ -118,8 +159,8 @@ def _draw_weights(ax, scores: np.ndarray, m: np.ndarray, l: np.ndarray, ends: np
 def _draw_output(ax, o: np.ndarray) -> None:
     steps = np.arange(1, len(o) + 1)
     for column in range(min(o.shape[1], len(COLOURS))):
-        ax.plot(steps, o[:, column], "o-", color=COLOURS[column], markersize=4)
-        ax.axhline(o[-1, column], color=COLOURS[column], linewidth=0.8, linestyle=":")
+        ax.plot(steps, o[:, column], "o-", color=COLOURS[column], markersize=4, gid="o")
+        ax.axhline(o[-1, column], color=COLOURS[column], linewidth=0.8, linestyle=":", gid="o at the end")
     ax.set(title="O, the row so far", xlabel="after block", ylabel="value")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
 

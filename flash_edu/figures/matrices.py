@@ -12,6 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from flash_edu.figures.player import Player, by_gid, hide, player
 from flash_edu.figures.style import (
     ALARM,
     HATCH,
@@ -157,11 +158,66 @@ def _draw_numbers(ax, visits: dict[tuple, list[int]], corner: bool) -> None:
     one = ax.transData.transform((1, 1)) - ax.transData.transform((0, 0))
     per_key, per_query = abs(one) * 72 / ax.figure.dpi  # in points, as a font's size
     for ((q0, q1), (k0, k1)), numbers in visits.items():
-        text = ",".join(map(str, numbers)) if len(numbers) < 3 else f"{len(numbers)}x"
+        text = _visits_in_short(numbers)
         size = min(9, 0.75 * (q1 - q0) * per_query, 1.2 * (k1 - k0) * per_key / len(text))
         if size >= 4:
             style = {"ha": "center", "va": "center_baseline", "path_effects": _HALO if corner else None}
+            style["gid"] = "visit"
             ax.text(k0 + across * (k1 - k0), q0 + down * (q1 - q0), text, fontsize=size, **style)
+
+
+def _visits_in_short(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers)) if len(numbers) < 3 else f"{len(numbers)}x"
+
+
+@drawn
+def play_tile_walk(
+    trace: Trace | list[tuple[Rows, Rows]],
+    nq: int,
+    nk: int,
+    *,
+    causal: bool = False,
+    title: str | None = None,
+) -> Player:
+    """`tile_walk`, one visit after the other. Programs of a Triton kernel take their steps side by side."""
+    fig = tile_walk(trace, nq, nk, causal=causal, title=title)
+    return player(_visit_by_visit(fig, list(first_head_walks(trace).values())), fig)
+
+
+def _visit_by_visit(fig: Figure, walks: list[list]):
+    (ax,) = fig.axes
+    patches = {_tile_of(patch): patch for patch in by_gid(fig, "visited")}
+    labels = {tile: [t for t in by_gid(fig, "visit") if _inside(t.get_position(), tile)] for tile in patches}
+    hide([*patches.values(), *by_gid(fig, "visit")])
+    yield "Nothing is loaded yet."
+    for step in range(max(map(len, walks))):
+        now = [walk[step] for walk in walks if step < len(walk)]
+        frames = []
+        for tile in now:
+            visits = [n + 1 for walk in walks for n, other in enumerate(walk[: step + 1]) if other == tile]
+            patches[tile].set_visible(True)
+            for label in labels[tile]:
+                label.set(visible=True, text=_visits_in_short(visits))
+            (q0, q1), (k0, k1) = tile
+            style = {"fill": False, "edgecolor": ALARM, "linewidth": 2, "gid": "now"}
+            frames.append(ax.add_patch(Rectangle((k0, q0), k1 - k0, q1 - q0, **style)))
+        more = f" and {len(now) - 3} more" if len(now) > 4 else ""
+        shown = now[: 3 if more else 4]
+        where = f"{', '.join(map(tile_in_words, shown))}{more}" if more else listed(map(tile_in_words, shown))
+        yield f"Step {step + 1}: {where}."
+        for frame in frames:
+            frame.remove()
+    yield str(fig)
+
+
+def _tile_of(patch: Rectangle) -> tuple[Rows, Rows]:
+    (k0, q0), width, height = patch.get_xy(), patch.get_width(), patch.get_height()
+    return (q0, q0 + height), (k0, k0 + width)
+
+
+def _inside(position: tuple[float, float], tile: tuple[Rows, Rows]) -> bool:
+    (q0, q1), (k0, k1) = tile
+    return k0 < position[0] < k1 and q0 < position[1] < q1
 
 
 def _explain_walks(ax, walks: dict[tuple, list], causal: bool, skipped: bool) -> None:

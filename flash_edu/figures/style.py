@@ -49,7 +49,8 @@ class Picture(Figure):
     def png(self, dpi: float) -> bytes:
         """With a palette of 256 colours: a third of the size, and pictures are kept in git."""
         rgb, png = io.BytesIO(), io.BytesIO()
-        self.savefig(rgb, format="png", dpi=dpi, facecolor="white")
+        with matplotlib.style.context(["default", _RC]):
+            self.savefig(rgb, format="png", dpi=dpi, facecolor="white")
         image = Image.open(rgb).convert("RGB")
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         image.save(png, format="png", optimize=True)

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import pathlib
+import re
 
 import matplotlib
 import nbformat
@@ -25,6 +26,9 @@ from flash_edu.figures import (
     loss_curves,
     memory_curve,
     peak_memory,
+    play_softmax,
+    play_tile_walk,
+    player,
     readme,
     softmax_evolution,
     style,
@@ -672,6 +676,98 @@ def test_a_notebook_shows_a_picture_once():
         assert output.data["text/plain"] == "Bars: a 1 ms."
         assert output.metadata == {"image/png": {"alt": "Bars: a 1 ms."}}
     assert after.data == before.data  # pyplot's own way to show figures would be larger
+
+
+def stacked(frames):
+    """The pictures that a player shows: each frame laid over those before it."""
+    seen = Image.open(io.BytesIO(frames[0])).convert("RGBA")
+    yield np.asarray(seen.convert("RGB"), dtype=int)
+    for frame in frames[1:]:
+        seen.alpha_composite(Image.open(io.BytesIO(frame)).convert("RGBA"))
+        yield np.asarray(seen.convert("RGB"), dtype=int)
+
+
+def pixels(fig):
+    return np.asarray(Image.open(io.BytesIO(fig.png(fig.dpi))).convert("RGB"), dtype=int)
+
+
+PLAYERS = {
+    "walk": (lambda: play_tile_walk(WALK, 8, 8, causal=True), 1 + 3 + 1),
+    "programs": (lambda: play_tile_walk(trace_forward(64, 64, causal=True), 64, 64, causal=True), 1 + 4 + 1),
+    "softmax": (lambda: play_softmax(softmax_history(SCORES, 1), title="A row"), 4),
+    "long": (lambda: play_softmax(softmax_history(torch.arange(32.0).cos(), 4)), 8),
+}
+
+
+@pytest.mark.parametrize("name", PLAYERS)
+def test_a_player_ends_in_its_picture_and_is_small(name):
+    play, steps = PLAYERS[name]
+    playing = play()
+    seen = list(stacked(playing.frames))
+    assert len(seen) == len(playing.words) == steps
+    with matplotlib.style.context("dark_background"):
+        end = pixels(playing.picture)
+    assert abs(seen[-1] - end).max() <= 32  # 256 colours are shared by all frames
+    assert all((before != now).any() for before, now in itertools.pairwise(seen))
+    assert len(playing.html()) < 2**16 and all(len(frame) < 5 * 1024 for frame in playing.frames[1:])
+    assert playing.html() == play().html()
+
+
+def test_a_player_of_a_walk_adds_one_tile_after_the_other():
+    picture = tile_walk([((0, 4), (0, 4)), ((0, 4), (4, 8)), ((0, 4), (0, 4))], 4, 8)
+    playing = play_tile_walk([((0, 4), (0, 4)), ((0, 4), (4, 8)), ((0, 4), (0, 4))], 4, 8)
+    assert playing.words == [
+        "Nothing is loaded yet.",
+        "Step 1: queries 0-3 with keys 0-3.",
+        "Step 2: queries 0-3 with keys 4-7.",
+        "Step 3: queries 0-3 with keys 0-3.",
+        str(picture),
+    ]
+    assert [t.get_text() for t in playing.picture.axes[0].texts] == [t.get_text() for t in picture.axes[0].texts]
+    end = pixels(picture)
+    assert abs(end - pixels(playing.picture)).max() == 0
+    ax = picture.axes[0]
+    rows = [int(ax.transData.transform((x, 1))[0]) for x in (1, 5)]  # in a corner of each tile
+    line = end.shape[0] - int(ax.transData.transform((1, 0.5))[1])
+    coloured = [[bool((frame[line, x] != 255).any()) for x in rows] for frame in stacked(playing.frames)]
+    assert coloured == [[False, False], [True, False], [True, True], [True, True], [True, True]]
+
+
+def test_a_player_of_a_softmax_shows_the_blocks_so_far():
+    playing = play_softmax(softmax_history(SCORES, 2))
+    assert playing.words[0] == "After block 1, m = 3, l = 1.14, weights [0.12, 0.88], O [3.00, 1.14]."
+    first, last = stacked(playing.frames)
+    assert (first != last).any()
+    same = play_softmax(softmax_history(SCORES, 2)).picture
+    assert abs(pixels(same) - pixels(softmax_evolution(softmax_history(SCORES, 2)))).max() == 0
+
+
+def test_a_player_of_any_figure():
+    fig = style.picture()
+    (line,) = fig.subplots().plot([0, 1, 2], [0, 1, 4])
+
+    def steps():
+        for n in (1, 2, 3):
+            line.set_data([0, 1, 2][:n], [0, 1, 4][:n])
+            yield f"</script> {n}"
+
+    playing = player(steps(), fig)
+    assert len(playing.frames) == 3
+    assert playing.html().count("</script>") == 1 and "https" not in playing.html()
+    with pytest.raises(ValueError, match="at least one step"):
+        player(iter([]), fig)
+
+
+def test_a_player_is_a_still_picture_and_a_script_and_nothing_else():
+    """Where scripts are removed, as on GitHub, the second output is empty and the first one stays."""
+    code = "from flash_edu.figures import play_tile_walk\nplay_tile_walk([((0, 4), (0, 4))], 4, 4)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    still, script = notebook.cells[0].outputs
+    assert set(still.data) == {"image/png", "text/plain"} and still.metadata["image/png"]["alt"]
+    assert set(script.data) == {"text/html", "text/plain"}
+    html = script.data["text/html"]
+    assert re.fullmatch(r"<script>.*</script>", html, re.DOTALL) and html.count("script>") == 2
 
 
 def test_the_readmes_picture_is_measured():
