@@ -47,6 +47,7 @@ peak_memory(fn, *args, **kwargs) -> int
 
 Draw (each returns a figure: last in a cell, it is displayed once; fig.savefig(...) works)
 ------------------------------------------------------------------------------------------
+Each says in words what it shows: print(fig), or fig.description. The words are stored with the picture.
 tile_walk(trace, nq, nk, *, causal=False, title=None)
     A trace, or a list of ((q0, q1), (k0, k1)). Numbers are the order of visit; hatched tiles were skipped. For
     a Triton trace, one colour per program, which counts its own tiles.
@@ -62,6 +63,15 @@ loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)")
     A loss per step, or (step, loss) pairs. baseline: a number, or (label, number).
 error_map(got, want, *, tile=None, title=None)
     |got - want| of the worst head, with tiles of `tile` rows and the tail marked.
+
+Play (each returns a Player: last in a cell, it shows the finished figure; in JupyterLab, with buttons for each step)
+-----------------------------------------------------------------------------------------------------------------
+play_tile_walk(trace, nq, nk, *, causal=False, title=None)
+    tile_walk, one visit after the other; the programs of a Triton kernel side by side.
+play_softmax(history, *, title=None)
+    softmax_evolution, one block after the other.
+player(steps, picture, *, pause_ms=600) -> Player(.picture, .frames, .words, .html())
+    Any other figure: `steps` is a generator that changes `picture` in place and yields a sentence for each frame.
 """
 
 import importlib
@@ -70,8 +80,9 @@ _HOMES = {
     "trace": ("Access", "Trace", "watch"),
     "traffic": ("Allocation", "Op", "Traffic", "count_traffic", "largest_allocation", "peak_memory"),
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
-    "matrices": ("error_map", "tile_walk", "weights"),
-    "charts": ("bars", "loss_curves", "memory_curve", "softmax_evolution"),
+    "matrices": ("error_map", "play_tile_walk", "tile_walk", "weights"),
+    "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "softmax_evolution"),
+    "player": ("Player", "player"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
