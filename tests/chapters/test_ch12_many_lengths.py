@@ -41,7 +41,9 @@ def numbers(values, dtype=torch.int32):
 
 def is_int32(name, got, size):
     assert isinstance(got, torch.Tensor), f"{name} is a {type(got).__name__}, expected a tensor of {size} numbers."
-    assert tuple(got.shape) == (size,), f"{name} has the shape {tuple(got.shape)}, expected ({size},)."
+    assert tuple(got.shape) == (size,), (
+        f"{name} has the shape {tuple(got.shape)}, expected ({size},). It is {got.flatten()[:8].tolist()}."
+    )
     assert got.dtype == torch.int32, f"{name} has the dtype {got.dtype}, expected torch.int32: kernels read 4 bytes a number."
     assert got.device.type == torch.device(device).type, f"{name} is on {got.device}, expected {device}."
 
