@@ -244,7 +244,7 @@ SHAPES = [(3, 5), (4, 7, 2), (2, 6, 3, 4), (1, 9, 2), (5, 1, 3)]
 @pytest.mark.exercise("12.2")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pack_any_padding(answer, shape):
-    """padding may stand before, behind and between the tokens; a token may be a number, a row, or rows of heads"""
+    """padding stands before, behind and between; a token may be a number, a row, or a row for each head"""
     x, real = random(*shape, seed=1), random_mask(*shape[:2], seed=sum(shape))
     real[-1, -1] = True
     values, places = packed(answer, x, real)
