@@ -456,7 +456,7 @@ def test_table_without_waiting(answer):
 
 RULE = "Row i of a text sees its key j when j <= i + nk - nq: with nq and nk of this text alone."
 FIND = (
-    "A program counts its rows from its text's first row (masks), and its addresses from cu_q[b] or cu_k[b] (pointers)."
+    "\nA program counts its rows from its text's first row (masks), and its addresses from cu_q[b] or cu_k[b] (pointers)."
 )
 STORES = "rows are stored with mask=rows[:, None] < nq (O) and mask=rows < nq (L): a tile ends where its text ends."
 
@@ -517,7 +517,7 @@ def judge(answer, batch, look, block_m=16, block_n=16):
             continue
         rows = slice(cu_q[b], cu_q[b + 1])
         right, plain = truth(text), eager(text)
-        asked = f"texts of {batch.nq} queries and {batch.nk} keys, {text.q.shape[1]} heads, {str(out.dtype)[6:]}, tiles {block_m} x {block_n}"
+        asked = f"texts of {batch.nq} queries and {batch.nk} keys, heads: {text.q.shape[1]}, {str(out.dtype)[6:]}, tiles {block_m} x {block_n}"
         asked += ", causal" * text.causal + f"\nText {b}: rows {rows.start} to {rows.stop - 1} of O, keys {cu_k[b]} to {cu_k[b + 1] - 1}."
         for name, got, key in (("O", out, "out"), ("L", lse, "lse")):
             try:
@@ -532,14 +532,14 @@ def judge(answer, batch, look, block_m=16, block_n=16):
 @pytest.mark.parametrize("n", [16, 21, 48])
 def test_one_text(answer, n):
     """one text alone: what chapter 07 computes"""
-    judge(answer, batch_of([n]), f"With one text, cu is [0, {n}], and nothing has to be searched. {FIND}")
+    judge(answer, batch_of([n]), f"With one text, cu is [0, {n}], and nothing has to be searched.{FIND}")
 
 
 @pytest.mark.exercise("12.4")
 @pytest.mark.parametrize("lengths", [[16, 16], [32, 16, 48]], ids=str)
 def test_each_text_has_its_own_keys(answer, lengths):
     """each text attends to its own keys, and to no others"""
-    judge(answer, batch_of(lengths), f"All lengths are multiples of the tile here. {FIND}")
+    judge(answer, batch_of(lengths), f"All lengths are multiples of the tile here.{FIND}")
 
 
 @pytest.mark.exercise("12.4")
@@ -554,7 +554,7 @@ def test_ragged_texts(answer, lengths):
 @pytest.mark.parametrize("nq, nk", [([5, 20, 33], [30, 3, 17]), ([1, 1, 1], [40, 7, 16]), ([35, 18], [4, 50])], ids=str)
 def test_queries_and_keys_of_different_number(answer, nq, nk):
     """a text may have more keys than queries, or fewer"""
-    judge(answer, batch_of(nq, nk), f"cu_q counts rows of Q, O and L; cu_k counts rows of K and V. {FIND}")
+    judge(answer, batch_of(nq, nk), f"cu_q counts rows of Q, O and L; cu_k counts rows of K and V.{FIND}")
 
 
 EMPTY = [
@@ -633,7 +633,7 @@ def test_no_leak(answer, causal):
                 different = (x_b != y_b) & ~(x_b.isnan() & y_b.isnan())
                 assert b == changed or not different.any(), (
                     f"Q, K and V of text {changed} changed, and so did {int(different.sum())} numbers of {name} of text {b}.\n"
-                    f"No row, and no key, of another text may be read. {FIND}\n{STORES}"
+                    f"No row, and no key, of another text may be read.{FIND}\n{STORES}"
                 )
 
 
@@ -711,7 +711,7 @@ def test_no_program_touches_two_texts(answer):
             trace = trace_triton(lambda: answer.flash_forward_varlen(*tensors.values(), **tile), tensors, row_axes=axes)
     else:
         trace = trace_file(answer.__file__, "flash_forward_varlen", tensors, row_axes=axes, **tile)
-    assert_inside(trace, f"{FIND}\n{STORES}")
+    assert_inside(trace, f"{FIND[1:]}\n{STORES}")
     texts = {}
     for event in trace.events:
         if event.name in axes:
@@ -721,6 +721,6 @@ def test_no_program_touches_two_texts(answer):
             assert inside, f"{asked}, in more than one text: they begin at {edges[:-1]}.\n{STORES}"
             texts.setdefault(event.program, set()).add(inside[0])
     mixed = {program: sorted(seen) for program, seen in texts.items() if len(seen) > 1}
-    assert not mixed, f"Programs that touched several texts: {mixed}.\n{FIND}"
+    assert not mixed, f"Programs that touched several texts: {mixed}.{FIND}"
     tiles = 2 * starts_of(batch.nq, 16)[-1]  # two heads
     assert len(texts) == tiles, f"{len(texts)} programs read rows, expected {tiles}: one for each tile of each head."
