@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 def cu_seqlens(lengths: Tensor) -> Tensor:
-    """12.1  Where each text begins and ends in the packed tensor: the lengths, added up, with a 0 before them.
+    """12.1  Where each text begins and ends in the packed tensor: the lengths added up, and a 0 before them.
 
     lengths (B,) of any integer dtype, or a padding mask (B, N) of dtype bool, True = a real token
     -> cu (B + 1,) int32, on the device of lengths
 
-        cu[0] = 0,   cu[b + 1] = lengths[0] + ... + lengths[b]          text b has the rows cu[b] to cu[b + 1] - 1
+        cu[0] = 0,   cu[b + 1] = lengths[0] + ... + lengths[b]      text b has rows cu[b] to cu[b + 1] - 1
 
-    A mask says for each place whether a token stands there; a text's length is how many do, wherever they stand.
-    A length may be 0. Nothing is brought to the CPU (no .item(), .tolist(), int(...)): that waits for the GPU.
+    A mask says for each place whether a token stands there. A text is as long as it has tokens, wherever they
+    stand. A length may be 0. Nothing is brought to the CPU (.item(), .tolist(), int(...)): it would wait.
     """
     # your code here (about 3 lines)
     if lengths.dtype == torch.bool:
@@ -95,7 +95,7 @@ def find_tile(starts: Tensor, tiles: Tensor, block_m: int) -> tuple[Tensor, Tens
     anything. No loop over texts or tiles.
     """
     # your code here: 12.3 find_tile, the search (about 2 lines)
-    text = torch.searchsorted(starts, tiles, right=True) - 1  # (T,) how many texts start at or before it, less 1
+    text = torch.searchsorted(starts, tiles, right=True) - 1  # (T,) texts that start at or before it, less 1
     return text, (tiles - starts[text]) * block_m
     # end of your code
 
@@ -108,22 +108,23 @@ def varlen_kernel(
     stride_vn, stride_vh, stride_vd,
     stride_on, stride_oh, stride_od,
     H, B, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """12.4  One tile of O and L of one text: the kernel of chapter 07, with a text to find and to stay inside.
+    """12.4  One tile of O and L of one text: chapter 07's kernel, with a text to find and to stay inside.
 
     Q and O are (total_q, H, D), K and V are (total_k, H, D), L is (total_q, H), float32 and contiguous.
-    cu_q and cu_k are (B + 1,) int32 (12.1), starts is (B + 1,) int32 (12.3). BLOCK_B is a power of two, B or more.
+    cu_q and cu_k (12.1) and starts (12.3) are (B + 1,) int32. BLOCK_B is a power of two, B or more.
     Program (t, h) computes tile t, of head h:
 
         b     = how many texts have all their tiles before tile t: starts[1] to starts[B] that are <= t
         first = (t - starts[b]) * BLOCK_M                        my first row, counted in text b
         nq    = cu_q[b + 1] - cu_q[b],   nk = cu_k[b + 1] - cu_k[b]
 
-    and then rows first to first + BLOCK_M - 1 of text b as in chapter 07, with Nq = nq and Nk = nk. The text's
-    queries begin at row cu_q[b] of Q, O and L, its keys at row cu_k[b] of K and V. The grid may have more
-    programs than there are tiles: one with b = B returns at once. CAUSAL: row i of a text sees its key j when
-    j <= i + nk - nq. A row that sees no key gets O = 0 and L = -inf.
+    and then rows first to first + BLOCK_M - 1 of text b as in chapter 07, with Nq = nq and Nk = nk. The
+    text's queries begin at row cu_q[b] of Q, O and L, its keys at row cu_k[b] of K and V. The grid may have
+    more programs than there are tiles: one with b = B returns at once. CAUSAL: row i of a text sees its key j
+    when j <= i + nk - nq. A row that sees no key gets O = 0 and L = -inf.
     """
     t = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
@@ -173,7 +174,7 @@ def varlen_kernel(
         k = tl.load(K + c[:, None] * stride_kn + d[None, :] * stride_kd, mask=keys[:, None] < nk, other=0.0)
         s = scale * tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
 
-        # your code here: 12.4 varlen, hide keys past the end of my text, and past the diagonal (about 4 lines)
+        # your code here: 12.4 varlen, hide keys past my text's end, and past the diagonal (about 4 lines)
         seen = keys[None, :] < nk
         if CAUSAL:
             seen = seen & (keys[None, :] <= rows[:, None] + nk - nq)
@@ -199,18 +200,18 @@ def varlen_kernel(
 
 
 def flash_forward_varlen(q, k, v, cu_q, cu_k, *, causal=False, scale=None, block_m=64, block_n=32):
-    """Attention within each of many texts, by one kernel: out (total_q, H, D) in q's dtype, lse (total_q, H) float32.
+    """Attention within each of many texts: out (total_q, H, D) in q's dtype, and lse (total_q, H) float32.
 
     q is (total_q, H, D), k and v are (total_k, H, D), all float16, bfloat16 or float32, with any strides.
-    cu_q and cu_k are (B + 1,) int32 (12.1), on the same device. causal lets query i of a text see its key j when
-    j <= i + nk - nq. scale is 1 / sqrt(D) unless given. block_m and block_n: powers of two, 16 or more.
+    cu_q and cu_k are (B + 1,) int32 (12.1), on the same device. causal lets query i of a text see its key j
+    when j <= i + nk - nq. scale is 1 / sqrt(D) unless given. block_m and block_n: powers of two, 16 or more.
     """
     total_q, H, D = q.shape
     B = cu_q.shape[0] - 1
     scale = 1 / math.sqrt(D) if scale is None else scale
     out = torch.empty_like(q)
     lse = torch.empty((total_q, H), dtype=torch.float32, device=q.device)
-    # A text wastes less than one tile, so there are no more tiles than this. It is known without asking the GPU.
+    # A text wastes less than one tile, so there are no more tiles than this: known without asking the GPU.
     tiles = (total_q + B * (block_m - 1)) // block_m
     if total_q:
         varlen_kernel[(tiles, H)](
