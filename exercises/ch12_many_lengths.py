@@ -24,7 +24,7 @@ def cu_seqlens(lengths: Tensor) -> Tensor:
         cu[0] = 0,   cu[b + 1] = lengths[0] + ... + lengths[b]      text b has rows cu[b] to cu[b + 1] - 1
 
     A mask says for each place whether a token stands there. A text is as long as it has tokens, wherever they
-    stand. A length may be 0. Nothing is brought to the CPU (.item(), .tolist(), int(...)): it would wait.
+    stand. A length may be 0. Nothing is brought to the CPU, as by .item() or .tolist(): that waits for the GPU.
     """
     # your code here (about 3 lines)
     raise NotImplementedError("12.1 cu_seqlens is not written yet")
