@@ -15,7 +15,7 @@ trace_triton(fn, tensors, *, row_axes=None) -> trace
     Calls fn() and records every load and store of every Triton kernel in it. Needs TRITON_INTERPRET=1.
     tensors: {"q": q, ...} names what you care about; others get the name of the kernel's argument ("o_ptr": "o").
     row_axes: {"x": 0} where rows are not on the usual axis.
-trace_file(path, function, tensors, **kwargs) -> trace
+trace_file(path, function, tensors, *, row_axes=None, **kwargs) -> trace
     The same for `function(*tensors.values(), **kwargs)` in the file `path` (an exercise or a solution), in a
     fresh interpreted process: works on a GPU machine too, and sees the file as it is saved now. Takes seconds.
     Raises RuntimeError if the code fails, so in a chapter trace solutions/, or something that is written.

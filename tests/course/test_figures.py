@@ -406,6 +406,16 @@ def test_a_file_is_traced_as_it_is_saved(tmp_path):
         trace_file(package / "missing.py", "run", tensors)
 
 
+def test_rows_of_a_traced_file_are_on_the_axis_that_is_named(tmp_path):
+    """(total, heads, dim): a row is a token."""
+    answer = tmp_path / "answer.py"
+    answer.write_text(KERNELS.read_text() + "\n\ndef run(q, k):\n    scores(q[:, 0], k[:, 0], 16)\n")
+    tensors = {"q": torch.randn(20, 1, 16), "k": torch.randn(40, 1, 16)}
+    trace = trace_file(answer, "run", tensors, row_axes={"q": 0, "k": 0})
+    assert trace.tiles() == live_tiles(20, 40, 16, 16, False)
+    assert trace_file(answer, "run", tensors).tiles() != trace.tiles()
+
+
 # --- pictures
 
 
