@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import flash_edu
-from flash_edu import reference
+from flash_edu import figures, reference
 from flash_edu._environment import interpreting
 from flash_edu.figures import (
     Trace,
@@ -833,3 +833,9 @@ def test_every_public_name_is_in_the_docstring():
     everything = {}
     exec("from flash_edu.figures import *", everything)
     assert everything["tile_walk"] is tile_walk and everything["watch"] is watch
+
+
+def test_no_module_has_the_name_of_what_the_package_offers():
+    """Importing flash_edu.figures.x makes x the module, whatever x meant before."""
+    modules = {path.stem for path in pathlib.Path(figures.__file__).parent.glob("*.py")}
+    assert not modules & set(figures.__all__)
