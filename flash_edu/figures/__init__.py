@@ -15,7 +15,7 @@ trace_triton(fn, tensors, *, row_axes=None) -> trace
     Calls fn() and records every load and store of every Triton kernel in it. Needs TRITON_INTERPRET=1.
     tensors: {"q": q, ...} names what you care about; others get the name of the kernel's argument ("o_ptr": "o").
     row_axes: {"x": 0} where rows are not on the usual axis.
-trace_file(path, function, tensors, **kwargs) -> trace
+trace_file(path, function, tensors, *, row_axes=None, **kwargs) -> trace
     The same for `function(*tensors.values(), **kwargs)` in the file `path` (an exercise or a solution), in a
     fresh interpreted process: works on a GPU machine too, and sees the file as it is saved now. Takes seconds.
     Raises RuntimeError if the code fails, so in a chapter trace solutions/, or something that is written.
@@ -59,6 +59,9 @@ bars({name: value}, unit, *, title=None, log=False)
     Unit "B" is shown as KiB, MiB, GiB.
 weights(matrix, words=None, *, columns=None, title=None, decimals=2)
     A small matrix with its numbers; -inf is drawn as masked. columns: the keys' words, if not those of the rows.
+roofline({name: (flops, bytes, seconds or None)}, *, peak, bandwidth, title=None)
+    Flops per second against flops per byte, below min(peak, intensity * bandwidth). A point with seconds was
+    measured: filled. One with None is modelled: hollow, on the roof, and called a model in the legend.
 loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)")
     A loss per step, or (step, loss) pairs. baseline: a number, or (label, number).
 error_map(got, want, *, tile=None, title=None)
@@ -81,7 +84,7 @@ _HOMES = {
     "traffic": ("Allocation", "Op", "Traffic", "count_traffic", "largest_allocation", "peak_memory"),
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
     "matrices": ("error_map", "play_tile_walk", "tile_walk", "weights"),
-    "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "softmax_evolution"),
+    "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "roofline", "softmax_evolution"),
     "playing": ("Player", "player"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,4 +1,6 @@
-"""Pictures of numbers: a softmax as it grows, memory against length, values side by side, losses."""
+"""Pictures of numbers: a softmax as it grows, memory against length, values side by side, a roofline, losses."""
+
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -257,6 +259,75 @@ def _byte_ticks(largest: float):
     rough = largest / unit / 4
     nice = 10.0 ** np.floor(np.log10(rough))
     return MultipleLocator(unit * next(nice * f for f in (1, 2, 5, 10) if nice * f >= rough))
+
+
+@drawn
+def roofline(
+    points: dict[str, tuple[float, float, float | None]],
+    *,
+    peak: float,
+    bandwidth: float,
+    title: str | None = None,
+) -> Figure:
+    """Flops per second against flops per byte, below the roof min(peak, intensity * bandwidth).
+
+    points: {name: (flops, bytes, seconds)}. With seconds, the point was measured and is filled; with None it is
+    modelled: hollow, on the roof, and called a model in the legend. peak is in flops per second, bandwidth in
+    bytes per second. ValueError for a point without flops, bytes or time, which has no place on these axes.
+    (Williams, Waterman and Patterson 2009.)
+    """
+    places = {name: _on_roofline(name, *point, peak, bandwidth) for name, point in points.items()}
+    ridge = peak / bandwidth
+    x = [ridge / 16, ridge * 16, *(x for x, _ in places.values())]
+    ends = np.array([min(x) / 2, ridge, max(x) * 2])
+    roof = np.minimum(peak, ends * bandwidth)
+    fig = picture(6.8, 3.7)
+    ax = fig.subplots()
+    ax.loglog(ends, roof, color=INK, linewidth=1.8, gid="roof", zorder=1)
+    ax.axvline(ridge, color=QUIET, linewidth=1, linestyle=":", gid="ridge", zorder=0)
+    style = {"textcoords": "offset points", "fontsize": 8.5, "color": QUIET}
+    ax.annotate(f"ridge: {_short(ridge)}", (ridge, peak), (0, 5), ha="center", **style)
+    for i, ((name, (x, y)), marker) in enumerate(zip(places.items(), cycle("osD^vP*X"))):
+        colour, modelled = COLOURS[i % len(COLOURS)], points[name][2] is None
+        ax.plot(
+            [x], [y], marker, color=colour, markerfacecolor="white" if modelled else colour, markersize=7.5,
+            markeredgewidth=1.8, gid="modelled" if modelled else "measured", zorder=3,
+            label=f"{name} (model)" if modelled else f"{name} (measured)",
+        )  # fmt: skip
+    lowest = min([*(y for _, y in places.values()), *roof])
+    ax.set(xlim=(ends[0], ends[-1]), ylim=(lowest / 2, max([peak, *(y for _, y in places.values())]) * 2.5))
+    ax.set(xlabel="flops per byte", ylabel="flops per second")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _rate(y)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+    ax.set_axisbelow(True)
+    ax.grid(True, color="#EDEDED", linewidth=0.8)
+    if points:
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    said = (
+        f"{name}, {'a model' if points[name][2] is None else 'measured'}, {_rate(y)} at {x:.3g} flops per byte"
+        for name, (x, y) in places.items()
+    )
+    roof_in_words = f"A roofline of {_rate(peak)} flops per second, with its ridge at {ridge:.3g} flops per byte"
+    fig.description = as_sentences(title, f"{roof_in_words}: {'; '.join(said)}" if points else roof_in_words)
+    if title:
+        ax.set_title(title, pad=14)
+    return fig
+
+
+def _on_roofline(name, flops, nbytes, seconds, peak, bandwidth) -> tuple[float, float]:
+    """(flops per byte, flops per second): as measured, or else as the roof allows."""
+    if not (flops > 0 and nbytes > 0 and (seconds is None or seconds > 0)):
+        raise ValueError(f"{name}: flops, bytes and seconds must be above 0, got {(flops, nbytes, seconds)}")
+    intensity = flops / nbytes
+    return intensity, min(peak, intensity * bandwidth) if seconds is None else flops / seconds
+
+
+def _rate(y: float) -> str:
+    """2e12 -> "2 T"."""
+    power = int(np.clip(np.floor(np.log10(y) / 3), 0, 5)) if y >= 1 else 0
+    return f"{y / 1000.0**power:.3g} {' kMGTP'[power]}".rstrip()
 
 
 @drawn

@@ -30,6 +30,7 @@ from flash_edu.figures import (
     play_tile_walk,
     player,
     readme,
+    roofline,
     softmax_evolution,
     style,
     tile_walk,
@@ -406,6 +407,16 @@ def test_a_file_is_traced_as_it_is_saved(tmp_path):
         trace_file(package / "missing.py", "run", tensors)
 
 
+def test_rows_of_a_traced_file_are_on_the_axis_that_is_named(tmp_path):
+    """(total, heads, dim): a row is a token."""
+    answer = tmp_path / "answer.py"
+    answer.write_text(KERNELS.read_text() + "\n\ndef run(q, k):\n    scores(q[:, 0], k[:, 0], 16)\n")
+    tensors = {"q": torch.randn(20, 1, 16), "k": torch.randn(40, 1, 16)}
+    trace = trace_file(answer, "run", tensors, row_axes={"q": 0, "k": 0})
+    assert trace.tiles() == live_tiles(20, 40, 16, 16, False)
+    assert trace_file(answer, "run", tensors).tiles() != trace.tiles()
+
+
 # --- pictures
 
 
@@ -522,6 +533,32 @@ def test_loss_curves_have_a_baseline():
     assert texts(ax) == ["guessing: 2.3"]
 
 
+def test_roofline_tells_measured_points_from_modelled_ones():
+    points = {"scale": (2e9, 8e9, 4.0), "fused": (8e11, 2e9, None), "copy": (1e9, 8e9, None)}
+    (ax,) = roofline(points, peak=1e12, bandwidth=1e10, title="A machine").axes
+    (roof,), (measured,), modelled = (lines(ax, gid) for gid in ("roof", "measured", "modelled"))
+    assert measured.get_xydata().tolist() == [[0.25, 0.5e9]]  # flops / bytes, flops / seconds
+    assert [line.get_xydata().tolist() for line in modelled] == [[[400, 1e12]], [[0.125, 1.25e9]]]  # on the roof
+    assert roof.get_xydata()[1].tolist() == [100, 1e12] and roof.get_ydata()[2] == 1e12
+    assert roof.get_ydata()[0] == roof.get_xdata()[0] * 1e10
+    assert lines(ax, "ridge")[0].get_xdata() == [100, 100] and texts(ax) == ["ridge: 100"]
+    assert measured.get_markerfacecolor() == measured.get_color()
+    assert all(line.get_markerfacecolor() == "white" for line in modelled)
+    said = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert said == ["scale (measured)", "fused (model)", "copy (model)"]
+    for inside in (*points.values(), (1e9, 1e9, 1e-6)):  # faster than the roof, as with a cache: still in the picture
+        (ax,) = roofline({"x": inside}, peak=1e12, bandwidth=1e10).axes
+        (point,) = lines(ax, "measured") + lines(ax, "modelled")
+        for value, (low, high) in zip(point.get_xydata()[0], (ax.get_xlim(), ax.get_ylim())):
+            assert low < value < high
+
+
+@pytest.mark.parametrize("point", [(0, 8, 1.0), (8, 0, None), (8, 8, 0.0)])
+def test_roofline_refuses_what_has_no_place_on_it(point):
+    with pytest.raises(ValueError, match="copy: flops, bytes and seconds must be above 0"):
+        roofline({"copy": point}, peak=1.0, bandwidth=1.0)
+
+
 def test_error_map_finds_the_row_and_the_tail():
     want = torch.zeros(1, 2, 40, 8)
     got = want + 1e-6
@@ -555,6 +592,9 @@ PICTURES = {
     "weights": lambda: weights(torch.randn(24, 24).softmax(-1)),
     "loss_curves": lambda: loss_curves(
         {"a": noisy_losses(), "b": noisy_losses()}, baseline=("guessing", 4.2)
+    ),
+    "roofline": lambda: roofline(
+        {"naive": (1e9, 1e8, 0.1), "fused": (1e9, 1e6, None)}, peak=1e11, bandwidth=1e10, title="A roof"
     ),
     "error_map": lambda: error_map(torch.randn(100, 64), torch.randn(100, 64), tile=32),
 }
@@ -591,6 +631,11 @@ WALK = [((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))]
             lambda: tile_walk(WALK, 8, 8, causal=True, title="A walk"),
             "A walk. A causal score matrix of 8 queries and 8 keys: 3 of 4 tiles visited, 1 never loaded."
             " First queries 0-3 with keys 0-3, last queries 4-7 with keys 4-7.",
+        ),
+        (
+            lambda: roofline({"naive": (1e9, 1e8, 0.1), "fused": (1e9, 1e6, None)}, peak=1e11, bandwidth=1e10),
+            "A roofline of 100 G flops per second, with its ridge at 10 flops per byte:"
+            " naive, measured, 10 G at 10 flops per byte; fused, a model, 100 G at 1e+03 flops per byte.",
         ),
         (
             lambda: tile_walk([((0, 4), (0, 1))], 4, 1),

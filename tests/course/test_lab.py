@@ -162,7 +162,7 @@ def write_broken_notebook(path):
     """One of each thing that must not pass."""
     formulas = [r"Fine: $\frac{1}{2}$", r"Half: $\frac{1}$", r"Unknown: $\lost$", r"Open: $\frac{1$"]
     diagram = "```mermaid\ngraph TD; A --> ((\n```"
-    sources = ["print('fine')", "raise ValueError('this cell is broken')", "print('never run')"]
+    sources = ["print('fine')", "raise ValueError('this cell is broken')"]
     cells = [*map(new_markdown_cell, [*formulas, diagram]), *map(new_code_cell, sources)]
     write_notebook(path, cells)
 
@@ -236,9 +236,15 @@ def test_chapter_runs_in_jupyterlab(browser, lab, chapter):
 def test_a_broken_notebook_is_noticed(browser, lab):
     found = "\n".join(run_all(browser, lab, "broken"))
     assert "cell 7 raised ValueError: this cell is broken" in found
-    assert "cell 8 was not run" in found
     assert "brokenFormulas: 3" in found
     assert "brokenDiagrams: 1" in found
+
+
+def test_a_cell_that_did_not_run_is_noticed():
+    """Not in the browser: whether the cells behind an error still run depends on when their requests arrive."""
+    cells = [new_code_cell("print('run')", execution_count=1), new_code_cell("print('never run')")]
+    page = {"cells": cells, "brokenFormulas": 0, "brokenDiagrams": 0, "brokenImages": 0}
+    assert problems(page) == ["cell 2 was not run"]
 
 
 def test_a_player_takes_the_place_of_its_picture_and_obeys_mouse_and_keys(browser, lab):
