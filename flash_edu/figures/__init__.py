@@ -85,7 +85,7 @@ _HOMES = {
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
     "matrices": ("error_map", "play_tile_walk", "tile_walk", "weights"),
     "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "roofline", "softmax_evolution"),
-    "players": ("Player", "player"),
+    "playing": ("Player", "player"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 
-from flash_edu.figures.players import Player, by_gid, player
+from flash_edu.figures.playing import Player, by_gid, player
 from flash_edu.figures.style import (
     COLOURS,
     HATCH,

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from flash_edu.figures.players import Player, by_gid, hide, player
+from flash_edu.figures.playing import Player, by_gid, hide, player
 from flash_edu.figures.style import (
     ALARM,
     HATCH,

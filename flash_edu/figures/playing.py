@@ -22,24 +22,26 @@ const here = document.currentScript.parentElement, {words, frames} = DATA;
 const above = here.closest(".jp-OutputArea-child")?.previousElementSibling;
 const still = above?.querySelector(".jp-RenderedImage");
 const make = (kind, into, more) => into.appendChild(Object.assign(document.createElement(kind), more));
+const mine = control => { control.dataset.lmSuppressShortcuts = "true"; };  // else JupyterLab takes the arrow keys
 const box = make("div", here, {className: "flash-edu-player"});
-box.dataset.lmSuppressShortcuts = "true";  // JupyterLab's own shortcuts would take the arrow keys
 make("style", box, {textContent: `STYLE`});
 const screen = make("div", box, {className: "screen"}), bar = make("div", box, {className: "bar"});
 screen.setAttribute("role", "img");
 const images = frames.map(png => make("img", screen, {src: "data:image/png;base64," + png, alt: ""}));
 const button = (text, label, onclick) => {
   make("button", bar, {type: "button", textContent: text, title: label, onclick}).setAttribute("aria-label", label);
+  mine(bar.lastChild);
   return bar.lastChild;
 };
 const last = frames.length - 1;
 let at = last, timer = null;
-button("\\u23EE", "first step", () => go(0));
+button("|\\u25C0", "first step", () => go(0));
 button("\\u25C0", "one step back", () => go(at - 1));
 const play = button("\\u25B6 play", "play", () => timer ? stop() : start());
 button("\\u25B6", "one step on", () => go(at + 1));
 const slider = make("input", bar, {type: "range", min: 0, max: last, oninput: () => go(+slider.value)});
 slider.setAttribute("aria-label", "step");
+mine(slider);
 const caption = make("div", box, {className: "words"});
 caption.setAttribute("aria-live", "polite");
 function show(step) {
@@ -53,7 +55,7 @@ function stop() { clearInterval(timer); timer = null; play.textContent = "\\u25B
 function go(step) { stop(); show(step); }
 function start() {
   show(at === last ? 0 : at);
-  play.textContent = "\\u23F8 pause";
+  play.textContent = "\\u275A\\u275A pause";
   timer = setInterval(() => {
     if (!box.isConnected) return stop();
     show(at + 1);
