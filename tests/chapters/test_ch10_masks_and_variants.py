@@ -250,3 +250,69 @@ def test_gqa_backward(answer, heads, kv_heads):
         assert isinstance(got, (tuple, list)) and len(got) == 3, f"gqa_backward returned {type(got).__name__}."
         for name, x in zip(("dq", "dk", "dv"), got):
             near(name, x, want[name], plain[name], GROUPED)
+
+
+# The same, one case that can be checked by hand
+
+
+@pytest.mark.exercise("10.1")
+def test_square(answer):
+    """for as many queries as keys both alignments are the lower triangle"""
+    for align in ("top-left", "bottom-right"):
+        assert answer.causal_keep(4, 4, align=align).equal(torch.ones(4, 4, dtype=torch.bool).tril()), align
+
+
+@pytest.mark.exercise("10.3")
+def test_one_query_and_a_cache(answer):
+    """one new query needs the last tiles of the cache"""
+    got = answer.window_tiles(0, 1, 100, block_q=16, block_k=10, left=15, right=0)
+    assert got == range(8, 10), f"keys 84 to 99, in tiles of 10: got {got}, expected range(8, 10)"
+
+
+@pytest.mark.exercise("10.3")
+def test_no_limit(answer):
+    """without limits every tile is needed"""
+    got = answer.window_tiles(8, 20, 30, block_q=8, block_k=8, left=None, right=None)
+    assert got == range(0, 4), f"got {got}, expected range(0, 4)"
+
+
+@pytest.mark.exercise("10.4")
+def test_hidden_after_the_cap(answer):
+    """a hidden score stays -inf under a cap"""
+    keep = torch.tensor([[[[True, False]]]])
+    got = answer.score_rules(torch.zeros(1, 1, 1, 2), scale=1.0, softcap=2.0, keep=keep)
+    assert got.flatten().tolist() == [0.0, float("-inf")], f"got {got.flatten().tolist()}, expected [0, -inf]"
+
+
+@pytest.mark.exercise("10.4")
+def test_alibi_of_one_query(answer):
+    """the last query has distance 0 to the last key"""
+    got = answer.score_rules(torch.zeros(1, 1, 1, 3), scale=1.0, slopes=torch.tensor([0.5]))
+    assert got.flatten().tolist() == [-1.0, -0.5, 0.0], f"got {got.flatten().tolist()}, expected [-1, -0.5, 0]"
+
+
+@pytest.mark.exercise("10.5")
+def test_shared_by_neighbours(answer):
+    """heads 0 and 1 read the first key head, heads 2 and 3 the second"""
+    v = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    got = answer.gqa_attention(torch.ones(1, 4, 1, 1), torch.ones(1, 2, 1, 1), v)[0].flatten().tolist()
+    assert got == [1.0, 1.0, 2.0, 2.0], f"got {got}, expected [1, 1, 2, 2].\n{GROUPED}"
+
+
+@pytest.mark.exercise("10.6")
+def test_one_key(answer):
+    """with one key, dV is the sum of dO over the group"""
+    one, dout = torch.ones(1, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    k = torch.ones(1, 1, 1, 1)
+    dv = answer.gqa_backward(dout, one, k, k, one, one, scale=1.0)[2]
+    assert dv.flatten().tolist() == [7.0], f"got {dv.flatten().tolist()}, expected [7]"
+
+
+@pytest.mark.exercise("10.6")
+def test_shapes(answer):
+    """each gradient has the shape of its tensor"""
+    case = shared(6, 2)
+    saved = differentiate(by_formula, case)
+    got = answer.gqa_backward(case.dout, case.q, case.k, case.v, saved["out"], saved["lse"], scale=8**-0.5)
+    for name, x, y in zip("qkv", got, (case.q, case.k, case.v)):
+        assert x.shape == y.shape, f"d{name} has the shape {tuple(x.shape)}, expected {tuple(y.shape)}"
