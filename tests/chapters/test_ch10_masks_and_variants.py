@@ -304,7 +304,7 @@ def test_one_key(answer):
     """with one key, dV is the sum of dO over the group"""
     one, dout = torch.ones(1, 2, 1, 1), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
     k = torch.ones(1, 1, 1, 1)
-    dv = answer.gqa_backward(dout, one, k, k, one, one, scale=1.0)[2]
+    dv = answer.gqa_backward(dout, one, k, k, one, one[..., 0], scale=1.0)[2]
     assert dv.flatten().tolist() == [7.0], f"got {dv.flatten().tolist()}, expected [7]"
 
 
