@@ -195,7 +195,7 @@ def column_sums_kernel(X, OUT, stride_m, stride_n, M, N, BLOCK_M: tl.constexpr, 
     either stores, and one sum is lost. Give each program N numbers of its own.
     """
     i = tl.program_id(0)
-    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)  # (BLOCK_M,)
+    rows = i * BLOCK_M + tl.arange(0, BLOCK_M)  # my rows of X
     cols = tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     inside = (rows[:, None] < M) & (cols[None, :] < N)
     x = tl.load(X + rows[:, None] * stride_m + cols[None, :] * stride_n, mask=inside, other=0.0)

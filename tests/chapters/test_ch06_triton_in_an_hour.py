@@ -250,7 +250,7 @@ def test_row_strides(answer, view):
 @pytest.mark.exercise("6.2")
 @pytest.mark.parametrize("n, hot", [(40, 3.0), (300, 1.0), (300, 30.0)])
 def test_half_rows(answer, n, hot):
-    """float16 in and out, float32 between"""
+    """float16 in, float16 out"""
     look = "Make the block float32 right after the load: .to(tl.float32). The store converts back by itself."
     judge(answer.row_softmax, softmax, draw(9, n, hot=hot, dtype=torch.float16), look=look)
 
@@ -535,7 +535,7 @@ def test_sums_by_hand(answer):
 
 
 @pytest.mark.exercise("6.6")
-@pytest.mark.parametrize("m, n, block_m", [(1, 5, 4), (37, 16, 8), (45, 33, 8), (64, 21, 16), (3, 1, 1)])
+@pytest.mark.parametrize("m, n, block_m", [(37, 16, 8), (45, 33, 8), (64, 21, 16), (1, 5, 4), (3, 1, 1)])
 def test_ragged_sums(answer, m, n, block_m):
     """any number of rows and columns"""
     judge(answer.column_sums, sums, draw(m, n, hot=30.0), look=f"{-(-m // block_m)} programs. {OWN}", block_m=block_m)
