@@ -4,6 +4,7 @@ As operators they stay whole under torch.compile, and carry what PyTorch needs t
 (fake), their gradient (autograd), how they take one more dimension (vmap), how much they compute (flops), and that autocast does
 not reach inside. Behind q, k, v and the backend stand the fields of rules.Rules, one by one: an operator takes tensors and numbers.
 """
+import contextlib
 from functools import partial
 
 import torch
@@ -28,6 +29,12 @@ def _implementation(backend: str):
     return reference.tiled_forward, reference.tiled_backward, reference.mask_gradient
 
 
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Accumulators stay wide. (Asking first: switching off what is off takes longer than all that a backend does in Python.)"""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def arguments(asked: Rules) -> tuple:
     """The rules as an operator takes them."""
     return tuple(asked)[:NUM_RULES]
@@ -36,13 +43,13 @@ def arguments(asked: Rules) -> tuple:
 @operator("attention_forward", f"(Tensor q, Tensor k, Tensor v, str backend, {rules.SCHEMA}) -> (Tensor, Tensor)")
 def attention_forward(q, k, v, backend, *asked):
     """out (B, Hq, Nq, Dv) and lse (B, Hq, Nq). Arguments are those of `flash_edu.flash_attention`, already checked."""
-    out, lse = empty_outputs(q, v)
     asked = Rules(*asked)
-    if out.numel() == 0 or k.numel() == 0:  # nothing to compute, or nothing to attend to
+    if q.numel() == 0 or k.numel() == 0:  # nothing to compute, or nothing to attend to
+        out, lse = empty_outputs(q, v)
         out.zero_()
         return out, lse.fill_(float("-inf")) if asked.sinks is None else lse.copy_(asked.sinks[:, None].expand_as(lse))
     forward, _, _ = _implementation(backend)
-    with torch.autocast(q.device.type, enabled=False), patterns.explained(asked.pattern):  # the accumulators stay wide
+    with _no_autocast(q), patterns.explained(asked.pattern):
         return forward(in_rows(q), in_rows(k), in_rows(v), asked)
 
 
@@ -66,7 +73,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, mask_grad, sinks_grad, bac
         dmask = asked.mask.new_zeros(asked.mask.shape) if mask_grad else q.new_empty(0)
         return *(empty_like_rows(x).zero_() for x in (q, k, v)), dmask, dsinks
     _, backward, mask_gradient = _implementation(backend)
-    with torch.autocast(q.device.type, enabled=False), patterns.explained(asked.pattern):
+    with _no_autocast(q), patterns.explained(asked.pattern):
         q, k, v, out, dout = (in_rows(x) for x in (q, k, v, out, dout))
         lse = lse.contiguous()  # it is, unless vmap or a user had it
         dmask = mask_gradient(dout, delta, q, k, v, lse, asked) if mask_grad else q.new_empty(0)

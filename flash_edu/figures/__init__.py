@@ -15,7 +15,7 @@ trace_triton(fn, tensors, *, row_axes=None) -> trace
     Calls fn() and records every load and store of every Triton kernel in it. Needs TRITON_INTERPRET=1.
     tensors: {"q": q, ...} names what you care about; others get the name of the kernel's argument ("o_ptr": "o").
     row_axes: {"x": 0} where rows are not on the usual axis.
-trace_file(path, function, tensors, **kwargs) -> trace
+trace_file(path, function, tensors, *, row_axes=None, **kwargs) -> trace
     The same for `function(*tensors.values(), **kwargs)` in the file `path` (an exercise or a solution), in a
     fresh interpreted process: works on a GPU machine too, and sees the file as it is saved now. Takes seconds.
     Raises RuntimeError if the code fails, so in a chapter trace solutions/, or something that is written.
@@ -47,6 +47,7 @@ peak_memory(fn, *args, **kwargs) -> int
 
 Draw (each returns a figure: last in a cell, it is displayed once; fig.savefig(...) works)
 ------------------------------------------------------------------------------------------
+Each says in words what it shows: print(fig), or fig.description. The words are stored with the picture.
 tile_walk(trace, nq, nk, *, causal=False, title=None)
     A trace, or a list of ((q0, q1), (k0, k1)). Numbers are the order of visit; hatched tiles were skipped. For
     a Triton trace, one colour per program, which counts its own tiles.
@@ -58,10 +59,22 @@ bars({name: value}, unit, *, title=None, log=False)
     Unit "B" is shown as KiB, MiB, GiB.
 weights(matrix, words=None, *, columns=None, title=None, decimals=2)
     A small matrix with its numbers; -inf is drawn as masked. columns: the keys' words, if not those of the rows.
+roofline({name: (flops, bytes, seconds or None)}, *, peak, bandwidth, title=None)
+    Flops per second against flops per byte, below min(peak, intensity * bandwidth). A point with seconds was
+    measured: filled. One with None is modelled: hollow, on the roof, and called a model in the legend.
 loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)")
     A loss per step, or (step, loss) pairs. baseline: a number, or (label, number).
 error_map(got, want, *, tile=None, title=None)
     |got - want| of the worst head, with tiles of `tile` rows and the tail marked.
+
+Play (each returns a Player: last in a cell, it shows the finished figure; in JupyterLab, with buttons for each step)
+-----------------------------------------------------------------------------------------------------------------
+play_tile_walk(trace, nq, nk, *, causal=False, title=None)
+    tile_walk, one visit after the other; the programs of a Triton kernel side by side.
+play_softmax(history, *, title=None)
+    softmax_evolution, one block after the other.
+player(steps, picture, *, pause_ms=600) -> Player(.picture, .frames, .words, .html())
+    Any other figure: `steps` is a generator that changes `picture` in place and yields a sentence for each frame.
 """
 
 import importlib
@@ -70,8 +83,9 @@ _HOMES = {
     "trace": ("Access", "Trace", "watch"),
     "traffic": ("Allocation", "Op", "Traffic", "count_traffic", "largest_allocation", "peak_memory"),
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
-    "matrices": ("error_map", "tile_walk", "weights"),
-    "charts": ("bars", "loss_curves", "memory_curve", "softmax_evolution"),
+    "matrices": ("error_map", "play_tile_walk", "tile_walk", "weights"),
+    "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "roofline", "softmax_evolution"),
+    "playing": ("Player", "player"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -12,7 +12,20 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from flash_edu.figures.style import ALARM, HATCH, INK, QUIET, TINTS, drawn, no_frame, picture, readable_on
+from flash_edu.figures.playing import Player, by_gid, hide, player
+from flash_edu.figures.style import (
+    ALARM,
+    HATCH,
+    INK,
+    QUIET,
+    TINTS,
+    as_sentences,
+    drawn,
+    listed,
+    no_frame,
+    picture,
+    readable_on,
+)
 from flash_edu.figures.trace import Rows, Trace, row_axis
 
 _CAUSAL = {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))}
@@ -43,7 +56,26 @@ def tile_walk(
     ax.set(xlabel="key (row of K)", ylabel="query (row of Q)")
     fig.text(0.02, 0.965, title or f"{visited} of {_count(tiles, 'tile')} visited", va="top", fontsize=11)
     _explain_walks(ax, walks, causal, skipped=visited < tiles)
+    kind = "causal score matrix" if causal else "score matrix"
+    head = f"A {kind} of {_count(nq, 'query')} and {_count(nk, 'key')}: {visited} of {_count(tiles, 'tile')} visited"
+    skipped = f", {tiles - visited} never loaded" if visited < tiles else ""
+    fig.description = as_sentences(title, head + skipped, _walks_in_words(walks))
     return fig
+
+
+def _walks_in_words(walks: dict[tuple, list]) -> str:
+    walks = {program: walk for (_, program), walk in walks.items() if walk}
+    if len(walks) > 1:
+        counts = listed(len(walk) for walk in walks.values())
+        return f"{len(walks)} programs visit {counts} tiles"
+    return "".join(f"First {tile_in_words(w[0])}, last {tile_in_words(w[-1])}" for w in walks.values())
+
+
+def tile_in_words(tile: tuple[Rows, Rows]) -> str:
+    """((0, 4), (8, 9)) -> "queries 0-3 with key 8"."""
+    (q0, q1), (k0, k1) = tile
+    queries = f"queries {q0}-{q1 - 1}" if q1 - q0 > 1 else f"query {q0}"
+    return queries + (f" with keys {k0}-{k1 - 1}" if k1 - k0 > 1 else f" with key {k0}")
 
 
 def _matrix_axes(fig: Figure, nq: int, nk: int):
@@ -126,11 +158,66 @@ def _draw_numbers(ax, visits: dict[tuple, list[int]], corner: bool) -> None:
     one = ax.transData.transform((1, 1)) - ax.transData.transform((0, 0))
     per_key, per_query = abs(one) * 72 / ax.figure.dpi  # in points, as a font's size
     for ((q0, q1), (k0, k1)), numbers in visits.items():
-        text = ",".join(map(str, numbers)) if len(numbers) < 3 else f"{len(numbers)}x"
+        text = _visits_in_short(numbers)
         size = min(9, 0.75 * (q1 - q0) * per_query, 1.2 * (k1 - k0) * per_key / len(text))
         if size >= 4:
             style = {"ha": "center", "va": "center_baseline", "path_effects": _HALO if corner else None}
+            style["gid"] = "visit"
             ax.text(k0 + across * (k1 - k0), q0 + down * (q1 - q0), text, fontsize=size, **style)
+
+
+def _visits_in_short(numbers: list[int]) -> str:
+    return ",".join(map(str, numbers)) if len(numbers) < 3 else f"{len(numbers)}x"
+
+
+@drawn
+def play_tile_walk(
+    trace: Trace | list[tuple[Rows, Rows]],
+    nq: int,
+    nk: int,
+    *,
+    causal: bool = False,
+    title: str | None = None,
+) -> Player:
+    """`tile_walk`, one visit after the other. Programs of a Triton kernel take their steps side by side."""
+    fig = tile_walk(trace, nq, nk, causal=causal, title=title)
+    return player(_visit_by_visit(fig, list(first_head_walks(trace).values())), fig)
+
+
+def _visit_by_visit(fig: Figure, walks: list[list]):
+    (ax,) = fig.axes
+    patches = {_tile_of(patch): patch for patch in by_gid(fig, "visited")}
+    labels = {tile: [t for t in by_gid(fig, "visit") if _inside(t.get_position(), tile)] for tile in patches}
+    hide([*patches.values(), *by_gid(fig, "visit")])
+    yield "Nothing is loaded yet."
+    for step in range(max(map(len, walks))):
+        now = [walk[step] for walk in walks if step < len(walk)]
+        frames = []
+        for tile in now:
+            visits = [n + 1 for walk in walks for n, other in enumerate(walk[: step + 1]) if other == tile]
+            patches[tile].set_visible(True)
+            for label in labels[tile]:
+                label.set(visible=True, text=_visits_in_short(visits))
+            (q0, q1), (k0, k1) = tile
+            style = {"fill": False, "edgecolor": ALARM, "linewidth": 2, "gid": "now"}
+            frames.append(ax.add_patch(Rectangle((k0, q0), k1 - k0, q1 - q0, **style)))
+        more = f" and {len(now) - 3} more" if len(now) > 4 else ""
+        shown = now[: 3 if more else 4]
+        where = f"{', '.join(map(tile_in_words, shown))}{more}" if more else listed(map(tile_in_words, shown))
+        yield f"Step {step + 1}: {where}."
+        for frame in frames:
+            frame.remove()
+    yield str(fig)
+
+
+def _tile_of(patch: Rectangle) -> tuple[Rows, Rows]:
+    (k0, q0), width, height = patch.get_xy(), patch.get_width(), patch.get_height()
+    return (q0, q0 + height), (k0, k0 + width)
+
+
+def _inside(position: tuple[float, float], tile: tuple[Rows, Rows]) -> bool:
+    (q0, q1), (k0, k1) = tile
+    return k0 < position[0] < k1 and q0 < position[1] < q1
 
 
 def _explain_walks(ax, walks: dict[tuple, list], causal: bool, skipped: bool) -> None:
@@ -154,7 +241,8 @@ def _explain_walks(ax, walks: dict[tuple, list], causal: bool, skipped: bool) ->
 
 
 def _count(n: int, thing: str) -> str:
-    return f"{n} {thing}" + ("s" if n != 1 else "")
+    plural = thing[:-1] + "ies" if thing.endswith("ry") else thing + "s"
+    return f"{n} {thing if n == 1 else plural}"
 
 
 @drawn
@@ -193,7 +281,23 @@ def weights(matrix, words=None, *, columns=None, title: str | None = None, decim
     no_frame(ax)
     if title:
         ax.set_title(title)
+    fig.description = as_sentences(title, *_matrix_in_words(matrix, words, columns, decimals))
     return fig
+
+
+def _matrix_in_words(matrix: np.ndarray, words, columns, decimals: int):
+    """Each row's numbers if there are few; of many, the largest of the row."""
+    rows, cols = matrix.shape
+    yield f"A matrix of {_count(rows, 'row')} (queries) and {_count(cols, 'column')} (keys)"
+    names = [f"{i} ({words[i]})" if words is not None else str(i) for i in range(rows)]
+    for name, row in zip(names[:16], matrix):
+        if cols <= 8:
+            numbers = (f"{x:.{decimals}f}" if np.isfinite(x) else "masked" for x in row)
+            yield f"Row {name}: {', '.join(numbers)}"
+        elif np.isfinite(row).any():
+            best = int(np.where(np.isfinite(row), row, -np.inf).argmax())
+            key = f"{best} ({columns[best]})" if columns is not None else best
+            yield f"Row {name}: largest {row[best]:.{decimals}f}, at key {key}"
 
 
 def _name_ticks(set_ticks, n: int, names) -> None:
@@ -236,7 +340,11 @@ def error_map(got: Tensor, want: Tensor, *, tile: int | None = None, title: str 
     if tile:
         _mark_tiles(ax, n, d, tile)
     ax.set(xlabel="column of the output", ylabel="row (query)")
-    ax.set_title(title or _error_headline(error, broken, largest, place))
+    headline = _error_headline(error, broken, largest, place)
+    ax.set_title(title or headline)
+    size = f"The error of {_count(n, 'row')} with {_count(d, 'number')} each"
+    tail = f"The tail has {_count(n % tile, 'row')}" if tile and n % tile and n > tile else None
+    fig.description = as_sentences(title, f"{size}: {headline}", tail)
     return fig
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import sys
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -28,22 +29,66 @@ _RC = {
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself: pyplot does not know it, so a notebook displays it once."""
+    """A matplotlib figure that shows itself: pyplot does not know it, so a notebook displays it once.
 
-    def _repr_png_(self) -> bytes:
-        return self.png(self.dpi)
+    It says in words what it shows. The words are stored with the picture: as its plain text, and as `alt` in the
+    picture's metadata, where IPython and nbconvert look for the text of readers who do not see. (JupyterLab 4.6
+    stores both and gives neither to the browser.)
+    """
+
+    description = ""
+
+    def __repr__(self) -> str:
+        return self.description or _in_words(self)
+
+    __str__ = __repr__
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        return self.png(self.dpi), {"alt": repr(self)}
 
     def png(self, dpi: float) -> bytes:
         """With a palette of 256 colours: a third of the size, and pictures are kept in git."""
         rgb, png = io.BytesIO(), io.BytesIO()
-        self.savefig(rgb, format="png", dpi=dpi, facecolor="white")
+        with matplotlib.style.context(["default", _RC]):
+            self.savefig(rgb, format="png", dpi=dpi, facecolor="white")
         image = Image.open(rgb).convert("RGB")
         image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         image.save(png, format="png", optimize=True)
         return png.getvalue()
 
 
+def _in_words(fig: Figure) -> str:
+    """What can be read off any figure: titles, labels, and what its legend lists."""
+    parts = [fig.get_suptitle()]
+    for ax in fig.axes:
+        labels = ", ".join(filter(None, [ax.get_ylabel(), ax.get_xlabel()]))
+        entries = ", ".join(ax.get_legend_handles_labels()[1])
+        parts.append(": ".join(filter(None, [ax.get_title(loc="left") or ax.get_title(), labels, entries])))
+    return as_sentences(*parts) or "A picture without a title."
+
+
+def as_sentences(*parts: str | None) -> str:
+    """Joined, each with a full stop at its end; empty ones are left out."""
+    parts = [part.strip() for part in parts if part and part.strip()]
+    return " ".join(part if part.endswith((".", "?", "!")) else f"{part}." for part in parts)
+
+
+def listed(things) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    *most, last = map(str, things)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _outrank_pyplot() -> None:
+    """In a notebook pyplot registers a way to show every Figure; a Picture keeps its own."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    if shell:
+        shell.display_formatter.formatters["image/png"].for_type(Picture, Picture._repr_png_)
+
+
 def picture(width: float = 6, height: float = 3.5, layout: str | None = "constrained") -> Picture:
+    _outrank_pyplot()
     fig = Picture(figsize=(width, height), dpi=100, layout=layout)
     if layout == "constrained":
         fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)

@@ -43,7 +43,9 @@ def interpreted_tiles(block_q: int, block_k: int):
 def _file(job: dict) -> Trace:
     function = getattr(_load(pathlib.Path(job["path"])), job["function"])
     tensors = job["tensors"]
-    return trace_triton(lambda: function(*tensors.values(), **job["kwargs"]), tensors)
+    return trace_triton(
+        lambda: function(*tensors.values(), **job["kwargs"]), tensors, row_axes=job["row_axes"]
+    )
 
 
 def _load(path: pathlib.Path):

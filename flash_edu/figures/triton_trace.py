@@ -201,16 +201,18 @@ def trace_backward(
     return _run({"run": "backward", "tensors": tensors, "causal": causal, "tile": (block_q, block_k)})
 
 
-def trace_file(path, function: str, tensors: dict[str, Tensor], **kwargs) -> Trace:
+def trace_file(
+    path, function: str, tensors: dict[str, Tensor], *, row_axes: dict[str, int] | None = None, **kwargs
+) -> Trace:
     """Record `function(*tensors.values(), **kwargs)` of the Python file `path`, as it is saved now.
 
-    Runs in a fresh interpreted process: it does the same on a GPU machine, and is stopped after two minutes.
+    `row_axes` is that of `trace_triton`. Runs in a fresh interpreted process: it does the same on a GPU machine, and is stopped after two minutes.
     """
     path = pathlib.Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     tensors = {name: x.detach().cpu() for name, x in tensors.items()}
-    job = {"path": str(path), "function": function, "tensors": tensors, "kwargs": kwargs}
+    job = {"path": str(path), "function": function, "tensors": tensors, "kwargs": kwargs, "row_axes": row_axes}
     return _in_subprocess({"run": "file", **job})
 
 

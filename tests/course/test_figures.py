@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import pathlib
+import re
 
 import matplotlib
 import nbformat
@@ -14,7 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import flash_edu
-from flash_edu import reference
+from flash_edu import figures, reference
 from flash_edu._environment import interpreting
 from flash_edu.figures import (
     Trace,
@@ -25,8 +26,13 @@ from flash_edu.figures import (
     loss_curves,
     memory_curve,
     peak_memory,
+    play_softmax,
+    play_tile_walk,
+    player,
     readme,
+    roofline,
     softmax_evolution,
+    style,
     tile_walk,
     trace_backward,
     trace_file,
@@ -401,6 +407,16 @@ def test_a_file_is_traced_as_it_is_saved(tmp_path):
         trace_file(package / "missing.py", "run", tensors)
 
 
+def test_rows_of_a_traced_file_are_on_the_axis_that_is_named(tmp_path):
+    """(total, heads, dim): a row is a token."""
+    answer = tmp_path / "answer.py"
+    answer.write_text(KERNELS.read_text() + "\n\ndef run(q, k):\n    scores(q[:, 0], k[:, 0], 16)\n")
+    tensors = {"q": torch.randn(20, 1, 16), "k": torch.randn(40, 1, 16)}
+    trace = trace_file(answer, "run", tensors, row_axes={"q": 0, "k": 0})
+    assert trace.tiles() == live_tiles(20, 40, 16, 16, False)
+    assert trace_file(answer, "run", tensors).tiles() != trace.tiles()
+
+
 # --- pictures
 
 
@@ -517,6 +533,32 @@ def test_loss_curves_have_a_baseline():
     assert texts(ax) == ["guessing: 2.3"]
 
 
+def test_roofline_tells_measured_points_from_modelled_ones():
+    points = {"scale": (2e9, 8e9, 4.0), "fused": (8e11, 2e9, None), "copy": (1e9, 8e9, None)}
+    (ax,) = roofline(points, peak=1e12, bandwidth=1e10, title="A machine").axes
+    (roof,), (measured,), modelled = (lines(ax, gid) for gid in ("roof", "measured", "modelled"))
+    assert measured.get_xydata().tolist() == [[0.25, 0.5e9]]  # flops / bytes, flops / seconds
+    assert [line.get_xydata().tolist() for line in modelled] == [[[400, 1e12]], [[0.125, 1.25e9]]]  # on the roof
+    assert roof.get_xydata()[1].tolist() == [100, 1e12] and roof.get_ydata()[2] == 1e12
+    assert roof.get_ydata()[0] == roof.get_xdata()[0] * 1e10
+    assert lines(ax, "ridge")[0].get_xdata() == [100, 100] and texts(ax) == ["ridge: 100"]
+    assert measured.get_markerfacecolor() == measured.get_color()
+    assert all(line.get_markerfacecolor() == "white" for line in modelled)
+    said = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert said == ["scale (measured)", "fused (model)", "copy (model)"]
+    for inside in (*points.values(), (1e9, 1e9, 1e-6)):  # faster than the roof, as with a cache: still in the picture
+        (ax,) = roofline({"x": inside}, peak=1e12, bandwidth=1e10).axes
+        (point,) = lines(ax, "measured") + lines(ax, "modelled")
+        for value, (low, high) in zip(point.get_xydata()[0], (ax.get_xlim(), ax.get_ylim())):
+            assert low < value < high
+
+
+@pytest.mark.parametrize("point", [(0, 8, 1.0), (8, 0, None), (8, 8, 0.0)])
+def test_roofline_refuses_what_has_no_place_on_it(point):
+    with pytest.raises(ValueError, match="copy: flops, bytes and seconds must be above 0"):
+        roofline({"copy": point}, peak=1.0, bandwidth=1.0)
+
+
 def test_error_map_finds_the_row_and_the_tail():
     want = torch.zeros(1, 2, 40, 8)
     got = want + 1e-6
@@ -551,6 +593,9 @@ PICTURES = {
     "loss_curves": lambda: loss_curves(
         {"a": noisy_losses(), "b": noisy_losses()}, baseline=("guessing", 4.2)
     ),
+    "roofline": lambda: roofline(
+        {"naive": (1e9, 1e8, 0.1), "fused": (1e9, 1e6, None)}, peak=1e11, bandwidth=1e10, title="A roof"
+    ),
     "error_map": lambda: error_map(torch.randn(100, 64), torch.randn(100, 64), tile=32),
 }
 
@@ -561,7 +606,7 @@ def test_pictures_are_small_and_white_whatever_the_readers_style(name):
     with matplotlib.style.context("dark_background"):
         before = matplotlib.rcParams.copy()
         fig = PICTURES[name]()
-        png = fig._repr_png_()
+        png, _ = fig._repr_png_()
         # All but the backend: asking for it chooses one.
         assert all(matplotlib.rcParams[key] == before[key] for key in before if key != "backend")
     assert len(png) < 40 * 1024
@@ -573,6 +618,88 @@ def test_pictures_are_small_and_white_whatever_the_readers_style(name):
     frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     assert (frame > 250).all(), "something is cut off at the edge"
     assert image.min() < 90, "no dark text"
+
+
+SCORES = torch.tensor([1.0, 3.0, 2.0, 5.0])
+WALK = [((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))]
+
+
+@pytest.mark.parametrize(
+    "draw, said",
+    [
+        (
+            lambda: tile_walk(WALK, 8, 8, causal=True, title="A walk"),
+            "A walk. A causal score matrix of 8 queries and 8 keys: 3 of 4 tiles visited, 1 never loaded."
+            " First queries 0-3 with keys 0-3, last queries 4-7 with keys 4-7.",
+        ),
+        (
+            lambda: roofline({"naive": (1e9, 1e8, 0.1), "fused": (1e9, 1e6, None)}, peak=1e11, bandwidth=1e10),
+            "A roofline of 100 G flops per second, with its ridge at 10 flops per byte:"
+            " naive, measured, 10 G at 10 flops per byte; fused, a model, 100 G at 1e+03 flops per byte.",
+        ),
+        (
+            lambda: tile_walk([((0, 4), (0, 1))], 4, 1),
+            "A score matrix of 4 queries and 1 key: 1 of 1 tile visited."
+            " First queries 0-3 with key 0, last queries 0-3 with key 0.",
+        ),
+        (
+            lambda: tile_walk(trace_forward(32, 32, causal=True), 32, 32, causal=True),
+            "A causal score matrix of 32 queries and 32 keys: 3 of 4 tiles visited, 1 never loaded."
+            " 2 programs visit 2 and 1 tiles.",
+        ),
+        (
+            lambda: softmax_evolution(softmax_history(SCORES, 2)),
+            "A softmax over 4 scores in 2 blocks: after block 2, m = 5, l = 1.2, weights [0.02, 0.11, 0.04, 0.83],"
+            " O [5.00, 1.20]. m went 3, 5; l went 1.14, 1.2.",
+        ),
+        (
+            lambda: memory_curve({"a": ([64, 128, 2048], [2**20, 2**21, 2**30]), "b": ([64], [10])}, ylabel="kept"),
+            "Kept against sequence length: a, 1 MiB at 64 to 1 GiB at 2,048; b, 10 B at 64 to 10 B at 64.",
+        ),
+        (lambda: bars({"a": 2**20, "b": 512}, "B", title="Moved"), "Moved. Bars: a 1 MiB and b 512 B."),
+        (lambda: bars({"a": 2.0}, "ms"), "Bars: a 2 ms."),
+        (
+            lambda: weights(torch.tensor([[1.0, -torch.inf], [0.25, 0.75]]), ["the", "cat"], title="P"),
+            "P. A matrix of 2 rows (queries) and 2 columns (keys). Row 0 (the): 1.00, masked. Row 1 (cat): 0.25, 0.75.",
+        ),
+        (
+            lambda: weights(torch.eye(9)[:2]),
+            "A matrix of 2 rows (queries) and 9 columns (keys)."
+            " Row 0: largest 1.00, at key 0. Row 1: largest 1.00, at key 1.",
+        ),
+        (
+            lambda: loss_curves({"a": [4.0, 3.0], "b": [(10, 2.0), (20, 1.5)]}, baseline=("pairs", 2.5)),
+            "Loss (nats) against step: a, 4 at step 1 to 3 at step 2; b, 2 at step 10 to 1.5 at step 20; pairs is 2.5.",
+        ),
+        (
+            lambda: error_map(torch.eye(5), torch.zeros(5, 5), tile=2),
+            "The error of 5 rows with 5 numbers each: largest error 1.0e+00, row 0, column 0. The tail has 1 row.",
+        ),
+    ],
+)
+def test_a_picture_says_what_it_shows(draw, said):
+    fig = draw()
+    assert fig.description == said
+    _, metadata = fig._repr_png_()
+    assert metadata == {"alt": said} and repr(fig) == said
+
+
+def test_a_picture_of_another_kind_says_what_can_be_read_off_it():
+    fig = style.picture()
+    ax = fig.subplots()
+    assert repr(fig) == "A picture without a title."
+    ax.plot([1, 2], label="a line")
+    ax.set_title("Speed?", loc="left")
+    ax.set(xlabel="N", ylabel="ms")
+    fig.suptitle("All of it")
+    assert repr(fig) == "All of it. Speed?: ms, N: a line."
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_words_for_a_picture_are_short(name):
+    torch.manual_seed(0)
+    fig = PICTURES[name]()
+    assert fig.description and len(fig.description) < 1000 and "\n" not in fig.description
 
 
 def test_a_notebook_shows_a_picture_once():
@@ -589,6 +716,103 @@ def test_a_notebook_shows_a_picture_once():
     images = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in notebook.cells]
     assert images == [0, 1, 1, 1, 0]
     assert all(len(cell.outputs) == shown for cell, shown in zip(notebook.cells, images))  # and no stderr
+    before, after = (notebook.cells[number].outputs[0] for number in (1, 3))
+    for output in (before, after):
+        assert output.data["text/plain"] == "Bars: a 1 ms."
+        assert output.metadata == {"image/png": {"alt": "Bars: a 1 ms."}}
+    assert after.data == before.data  # pyplot's own way to show figures would be larger
+
+
+def stacked(frames):
+    """The pictures that a player shows: each frame laid over those before it."""
+    seen = Image.open(io.BytesIO(frames[0])).convert("RGBA")
+    yield np.asarray(seen.convert("RGB"), dtype=int)
+    for frame in frames[1:]:
+        seen.alpha_composite(Image.open(io.BytesIO(frame)).convert("RGBA"))
+        yield np.asarray(seen.convert("RGB"), dtype=int)
+
+
+def pixels(fig):
+    return np.asarray(Image.open(io.BytesIO(fig.png(fig.dpi))).convert("RGB"), dtype=int)
+
+
+PLAYERS = {
+    "walk": (lambda: play_tile_walk(WALK, 8, 8, causal=True), 1 + 3 + 1),
+    "programs": (lambda: play_tile_walk(trace_forward(64, 64, causal=True), 64, 64, causal=True), 1 + 4 + 1),
+    "softmax": (lambda: play_softmax(softmax_history(SCORES, 1), title="A row"), 4),
+    "long": (lambda: play_softmax(softmax_history(torch.arange(32.0).cos(), 4)), 8),
+}
+
+
+@pytest.mark.parametrize("name", PLAYERS)
+def test_a_player_ends_in_its_picture_and_is_small(name):
+    play, steps = PLAYERS[name]
+    playing = play()
+    seen = list(stacked(playing.frames))
+    assert len(seen) == len(playing.words) == steps
+    with matplotlib.style.context("dark_background"):
+        end = pixels(playing.picture)
+    assert abs(seen[-1] - end).max() <= 32  # 256 colours are shared by all frames
+    assert all((before != now).any() for before, now in itertools.pairwise(seen))
+    assert len(playing.html()) < 2**16 and all(len(frame) < 5 * 1024 for frame in playing.frames[1:])
+    assert playing.html() == play().html()
+
+
+def test_a_player_of_a_walk_adds_one_tile_after_the_other():
+    picture = tile_walk([((0, 4), (0, 4)), ((0, 4), (4, 8)), ((0, 4), (0, 4))], 4, 8)
+    playing = play_tile_walk([((0, 4), (0, 4)), ((0, 4), (4, 8)), ((0, 4), (0, 4))], 4, 8)
+    assert playing.words == [
+        "Nothing is loaded yet.",
+        "Step 1: queries 0-3 with keys 0-3.",
+        "Step 2: queries 0-3 with keys 4-7.",
+        "Step 3: queries 0-3 with keys 0-3.",
+        str(picture),
+    ]
+    assert [t.get_text() for t in playing.picture.axes[0].texts] == [t.get_text() for t in picture.axes[0].texts]
+    end = pixels(picture)
+    assert abs(end - pixels(playing.picture)).max() == 0
+    ax = picture.axes[0]
+    rows = [int(ax.transData.transform((x, 1))[0]) for x in (1, 5)]  # in a corner of each tile
+    line = end.shape[0] - int(ax.transData.transform((1, 0.5))[1])
+    coloured = [[bool((frame[line, x] != 255).any()) for x in rows] for frame in stacked(playing.frames)]
+    assert coloured == [[False, False], [True, False], [True, True], [True, True], [True, True]]
+
+
+def test_a_player_of_a_softmax_shows_the_blocks_so_far():
+    playing = play_softmax(softmax_history(SCORES, 2))
+    assert playing.words[0] == "After block 1, m = 3, l = 1.14, weights [0.12, 0.88], O [3.00, 1.14]."
+    first, last = stacked(playing.frames)
+    assert (first != last).any()
+    same = play_softmax(softmax_history(SCORES, 2)).picture
+    assert abs(pixels(same) - pixels(softmax_evolution(softmax_history(SCORES, 2)))).max() == 0
+
+
+def test_a_player_of_any_figure():
+    fig = style.picture()
+    (line,) = fig.subplots().plot([0, 1, 2], [0, 1, 4])
+
+    def steps():
+        for n in (1, 2, 3):
+            line.set_data([0, 1, 2][:n], [0, 1, 4][:n])
+            yield f"</script> {n}"
+
+    playing = player(steps(), fig)
+    assert len(playing.frames) == 3
+    assert playing.html().count("</script>") == 1 and "https" not in playing.html()
+    with pytest.raises(ValueError, match="at least one step"):
+        player(iter([]), fig)
+
+
+def test_a_player_is_a_still_picture_and_a_script_and_nothing_else():
+    """Where scripts are removed, as on GitHub, the second output is empty and the first one stays."""
+    code = "from flash_edu.figures import play_tile_walk\nplay_tile_walk([((0, 4), (0, 4))], 4, 4)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    still, script = notebook.cells[0].outputs
+    assert set(still.data) == {"image/png", "text/plain"} and still.metadata["image/png"]["alt"]
+    assert set(script.data) == {"text/html", "text/plain"}
+    html = script.data["text/html"]
+    assert re.fullmatch(r"<script>.*</script>", html, re.DOTALL) and html.count("script>") == 2
 
 
 def test_the_readmes_picture_is_measured():
@@ -609,3 +833,9 @@ def test_every_public_name_is_in_the_docstring():
     everything = {}
     exec("from flash_edu.figures import *", everything)
     assert everything["tile_walk"] is tile_walk and everything["watch"] is watch
+
+
+def test_no_module_has_the_name_of_what_the_package_offers():
+    """Importing flash_edu.figures.x makes x the module, whatever x meant before."""
+    modules = {path.stem for path in pathlib.Path(figures.__file__).parent.glob("*.py")}
+    assert not modules & set(figures.__all__)

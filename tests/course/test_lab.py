@@ -100,6 +100,7 @@ def lab(tmp_path_factory):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", root)  # chapter 09 reads it
     write_broken_notebook(root / "notebooks" / "broken.ipynb")
+    write_notebook(root / "notebooks" / "players.ipynb", [new_code_cell(PLAYERS)])
 
     (scratch / "settings").mkdir()
     (scratch / "settings" / "overrides.json").write_text(json.dumps(SETTINGS))
@@ -159,12 +160,30 @@ def stop(server):
 
 def write_broken_notebook(path):
     """One of each thing that must not pass."""
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     formulas = [r"Fine: $\frac{1}{2}$", r"Half: $\frac{1}$", r"Unknown: $\lost$", r"Open: $\frac{1$"]
     diagram = "```mermaid\ngraph TD; A --> ((\n```"
-    sources = ["print('fine')", "raise ValueError('this cell is broken')", "print('never run')"]
+    sources = ["print('fine')", "raise ValueError('this cell is broken')"]
     cells = [*map(new_markdown_cell, [*formulas, diagram]), *map(new_code_cell, sources)]
+    write_notebook(path, cells)
+
+
+def write_notebook(path, cells):
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+PLAYERS = """from flash_edu.figures import play_tile_walk
+play_tile_walk([((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))], 8, 8, causal=True)"""
+READ_PLAYER = """() => {
+    const box = document.querySelector('.flash-edu-player'), still = document.querySelector('.jp-RenderedImage');
+    const images = [...box.querySelectorAll('img')];
+    return {
+        words: box.querySelector('.words').textContent,
+        shown: images.filter(image => image.style.visibility !== 'hidden' && image.naturalWidth).length,
+        still: still.style.display,
+        collapsed: document.querySelectorAll('.jp-MarkdownHeadingCollapsed').length,
+    };
+}"""
 
 
 def run_all(browser, lab, name):
@@ -217,6 +236,38 @@ def test_chapter_runs_in_jupyterlab(browser, lab, chapter):
 def test_a_broken_notebook_is_noticed(browser, lab):
     found = "\n".join(run_all(browser, lab, "broken"))
     assert "cell 7 raised ValueError: this cell is broken" in found
-    assert "cell 8 was not run" in found
     assert "brokenFormulas: 3" in found
     assert "brokenDiagrams: 1" in found
+
+
+def test_a_cell_that_did_not_run_is_noticed():
+    """Not in the browser: whether the cells behind an error still run depends on when their requests arrive."""
+    cells = [new_code_cell("print('run')", execution_count=1), new_code_cell("print('never run')")]
+    page = {"cells": cells, "brokenFormulas": 0, "brokenDiagrams": 0, "brokenImages": 0}
+    assert problems(page) == ["cell 2 was not run"]
+
+
+def test_a_player_takes_the_place_of_its_picture_and_obeys_mouse_and_keys(browser, lab):
+    page = browser.new_page()
+    try:
+        page.goto(f"{lab}/lab/tree/notebooks/players.ipynb?reset", wait_until="domcontentloaded")
+        page.wait_for_function(READY, timeout=120_000)
+        page.evaluate(RUN_ALL)
+        page.wait_for_selector(".flash-edu-player .words", timeout=60_000)
+        seen = page.evaluate(READ_PLAYER)
+        assert seen["words"].startswith("A causal score matrix") and seen["shown"] == 5 and seen["still"] == "none"
+
+        page.get_by_role("button", name="one step back").click()
+        assert page.evaluate(READ_PLAYER)["words"] == "Step 3: queries 4-7 with keys 4-7."
+        page.get_by_role("slider", name="step").focus()
+        page.keyboard.press("ArrowLeft")
+        seen = page.evaluate(READ_PLAYER)
+        assert seen["words"] == "Step 2: queries 4-7 with keys 0-3." and seen["shown"] == 3
+        page.get_by_role("button", name="first step").focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate(READ_PLAYER)["words"] == "Nothing is loaded yet."
+        page.get_by_role("button", name="play", exact=True).click()
+        ended = "() => document.querySelector('.flash-edu-player .words').textContent.startsWith('A causal')"
+        page.wait_for_function(ended, timeout=20_000)
+    finally:
+        page.close()

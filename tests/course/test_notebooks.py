@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from statistics import median
 
+import links
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
@@ -27,10 +28,6 @@ MAX_BYTES = 2**20
 CHECKED = "nbval-check-output"
 
 
-# Fences, code spans and formulas, in which signs have other meanings than in prose.
-NOT_PROSE = re.compile(r"```.*?```|``.*?``|`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", re.DOTALL)
-
-
 class Notebook:
     """A notebook as the rules see it: its text on disk, and its cells by kind."""
 
@@ -41,7 +38,7 @@ class Notebook:
         self.cells = self.node.cells
         self.code = [c for c in self.cells if c.cell_type == "code" and c.source.strip()]
         self.prose = "\n\n".join(c.source for c in self.cells if c.cell_type == "markdown")
-        self.words = NOT_PROSE.sub("", self.prose)
+        self.words = links.prose(self.prose)
 
     def outputs(self):
         for cell in self.code:
@@ -135,6 +132,17 @@ def names_the_gpu(notebook):
         yield "no output names a GPU: make notebooks-gpu"
 
 
+def describes_its_pictures(notebook):
+    """For readers who do not see. Pictures that were stored before they could say what they show pass until then."""
+    before = re.compile(r"<(?:Picture|Figure) size .*>")
+    for cell, output in notebook.outputs():
+        data = output.get("data", {})
+        if "image/png" not in data or before.fullmatch(data.get("text/plain", "")):
+            continue
+        if not output.metadata.get("image/png", {}).get("alt", "").strip():
+            yield f"the picture of cell {cell.id} has no alt in its metadata: draw it with flash_edu.figures"
+
+
 # --- the code ---------------------------------------------------------------------------------------------
 
 
@@ -205,10 +213,7 @@ def renders_everywhere(notebook):
 
 
 def links_lead_somewhere(notebook):
-    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]*)\)", notebook.words):
-        beside = notebook.path.parent / target.partition("#")[0]
-        if not re.match(r"https?://|#", target) and not beside.exists():
-            yield f"the link to {target} leads nowhere"
+    yield from links.broken_links(notebook.path, notebook.prose, notebook.path.parent.parent)
 
 
 def belittles_nobody(notebook):
@@ -228,6 +233,7 @@ RULES = [
     ran_from_top_to_bottom,
     checks_outputs,
     names_the_gpu,
+    describes_its_pictures,
     imports_flash_edu_first,
     has_short_cells,
     asserts_something,
@@ -257,7 +263,7 @@ TEXT = """# 00 · Good
 
 **After this chapter you can** run it. **You need** nothing. **Time** 1 minute.
 
-> **Predict.** What does $a < b$ or `<tag>` print? See [the file](good.ipynb).
+> **Predict.** What does $a < b$ or `<tag>` print? See [the file](good.ipynb) and [above](#00-·-Good).
 
 <details><summary>Hint</summary>Look.</details>"""
 KERNEL = "@triton.jit\ndef a(): pass"
@@ -293,6 +299,11 @@ def prints(name="stdout", text="x"):
     return [new_output("stream", name=name, text=text)]
 
 
+def picture(metadata, text="A tile walk."):
+    data = {"image/png": "iVBORw0KGgo=", "text/plain": text}
+    return new_output("execute_result", data=data, metadata=metadata, execution_count=1)
+
+
 def change(position, **values):
     return lambda node: node.cells[position].update(values)
 
@@ -316,6 +327,8 @@ BREAK = [
     (checks_outputs, lambda node: node.cells[1].metadata.clear()),
     (checks_outputs, change(1, outputs=[])),
     (names_the_gpu, lambda node: [cell.update(outputs=[]) for cell in node.cells[1:]]),
+    (describes_its_pictures, add_code("1", outputs=[picture({})])),
+    (describes_its_pictures, add_code("1", outputs=[picture({"image/png": {"alt": " "}})])),
     (imports_flash_edu_first, change(1, source="import torch")),
     (imports_flash_edu_first, change(1, source="import triton\nimport flash_edu")),
     (has_short_cells, add_code("x = 1\n" * 21)),
@@ -329,6 +342,8 @@ BREAK = [
     (renders_everywhere, add_text("![a picture](https://example.org/a.png)")),
     (renders_everywhere, add_text('<img src="https://example.org/a.png">')),
     (links_lead_somewhere, add_text("[next](01_missing.ipynb)")),
+    (links_lead_somewhere, add_text("[above](#Bad)")),
+    (links_lead_somewhere, add_text("[the paper](http://example.org)")),
     (belittles_nobody, add_text("It is just a sum.")),
 ]
 
@@ -344,6 +359,13 @@ def test_a_bad_notebook_breaks_the_rule(rule, spoil, tmp_path):
     node = good()
     spoil(node)
     assert list(rule(as_read(node, tmp_path)))
+
+
+def test_a_picture_passes_with_its_description_or_from_before_there_was_one(tmp_path):
+    node = good()
+    old = picture({}, text="<Picture size 600x350 with 1 Axes>")
+    add_code("1", outputs=[picture({"image/png": {"alt": "A tile walk."}}), old])(node)
+    assert list(describes_its_pictures(as_read(node, tmp_path))) == []
 
 
 @pytest.mark.parametrize("section", ["What changed", "What comes next"])

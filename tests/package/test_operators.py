@@ -253,3 +253,97 @@ def test_flops_on_meta_tensors_take_the_longest():
     with FlopCounterMode(display=False) as counter:
         flash_attention_varlen(q, k, k, cu, cu, 13, 9, backend="torch")
     assert counter.get_total_flops() == 2 * 2 * HEADS * DIM * 3 * 13 * 9
+
+
+# the way past the dispatcher
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, PACKED])
+def test_past_the_dispatcher_and_through_it(option):
+    """The same bits, forward and backward."""
+    inputs = operands(option, "torch")
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    results = []
+    for call in (ops.attention_forward, ops.attention_forward.overload):
+        out, lse = call(*inputs)
+        weights = torch.linspace(-1, 1, lse.numel(), device=lse.device).view_as(lse)
+        loss = (out * weights[..., None]).sum() + (lse.where(lse.isfinite(), 0.0) * weights).sum()
+        results.append([out, lse, *torch.autograd.grad(loss, wanted)])
+    assert len(wanted) >= 3 and all(map(torch.equal, *results))
+
+
+class Counted:
+    """An overload that writes down its calls."""
+
+    def __init__(self, overload):
+        self.overload, self.calls = overload, []
+
+    def __call__(self, *inputs):
+        self.calls.append(inputs)
+        return self.overload(*inputs)
+
+    def __getattr__(self, name):
+        return getattr(self.overload, name)
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """The calls that the dispatcher is given, as a list that grows."""
+    counted = Counted(ops.attention_forward.overload)
+    monkeypatch.setattr(ops.attention_forward, "overload", counted)
+    return counted.calls
+
+
+def test_the_dispatcher_is_not_asked_where_nobody_watches(dispatched):
+    q, k, v = tensors("torch", dtype=torch.float32)
+    flash_attention(q, k, v).sum().backward()
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert not flash_attention(q, k, v).requires_grad
+    with torch.inference_mode():
+        flash_attention(q.clone(), k.clone(), v)
+    assert not dispatched
+
+
+class Watched(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("how", ["flop counter", "function mode", "profiler", "vmap", "grad", "jvp", "subclass", "negative view", "list"])
+def test_whoever_watches_sees_the_operator(how, dispatched):
+    q, k, v = (x.detach() for x in tensors("torch", dtype=torch.float32))
+    attend = lambda q: flash_attention(q, k, v, backend="torch")  # noqa: E731
+    right = attend(q)
+    del dispatched[:]
+    if how == "flop counter":
+        with FlopCounterMode(display=False) as counter:
+            attend(q)
+        assert counter.get_total_flops() > 0
+    elif how == "function mode":
+        with torch.device(DEVICE):
+            attend(q)
+    elif how == "profiler":
+        with torch.profiler.profile() as profile:
+            attend(q)
+        assert "flash_edu::attention_forward" in [event.key for event in profile.key_averages()]
+    elif how == "vmap":
+        torch.vmap(attend)(q[None])
+    elif how == "grad":
+        torch.func.grad(lambda q: attend(q).sum())(q)
+    elif how == "jvp":
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(attend, (q,), (q,))
+    elif how == "subclass":
+        attend(q.as_subclass(Watched))
+    elif how == "negative view":
+        negative = torch.complex(q, -q).conj().imag
+        assert negative.is_neg() and torch.equal(attend(negative), right)
+    elif how == "list":
+        ops.attention_forward(q, k, v, "torch", *ops.arguments(Rules(0.25, buffers=[torch.complex(q, q).conj().imag])))
+    assert dispatched
+
+
+def test_a_caller_below_autograd_stays_there():
+    """An operator of somebody else's that calls attention has a gradient of its own, or none."""
+    q, k, v = tensors("torch", dtype=torch.float32)
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not flash_attention(q, k, v).requires_grad
