@@ -64,6 +64,10 @@ roofline({name: (flops, bytes, seconds or None)}, *, peak, bandwidth, title=None
     measured: filled. One with None is modelled: hollow, on the roof, and called a model in the legend.
 loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)")
     A loss per step, or (step, loss) pairs. baseline: a number, or (label, number).
+product_walk(by_row, by_column, m, n, k, *, programs=None, title=None)
+    A matrix product: which tiles of A, B and C its programs touch. Two traces of one call, with row_axes 0 and 1.
+meetings(trace, name, *, title=None)
+    Which rows of a tensor each program touches; framed where one stores what another touches: a race.
 error_map(got, want, *, tile=None, title=None)
     |got - want| of the worst head, with tiles of `tile` rows and the tail marked.
 
@@ -83,7 +87,7 @@ _HOMES = {
     "trace": ("Access", "Trace", "watch"),
     "traffic": ("Allocation", "Op", "Traffic", "count_traffic", "largest_allocation", "peak_memory"),
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
-    "matrices": ("error_map", "play_tile_walk", "tile_walk", "weights"),
+    "matrices": ("error_map", "meetings", "play_tile_walk", "product_walk", "tile_walk", "weights"),
     "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "roofline", "softmax_evolution"),
     "playing": ("Player", "player"),
 }

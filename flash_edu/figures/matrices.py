@@ -246,6 +246,117 @@ def _count(n: int, thing: str) -> str:
 
 
 @drawn
+def product_walk(
+    by_row: Trace, by_column: Trace, m: int, n: int, k: int, *, programs=None, title: str | None = None
+) -> Figure:
+    """A kernel that computes C = A B, with A (m, k) and B (k, n): which tiles its programs touched, and in what order.
+
+    Two traces of the same call, in which row_axes is 0 and 1 for "a", "b" and "c": an access is a range of rows in
+    the first, and a range of columns in the second. B stands above C and A to its left, so that a tile of C has its
+    tiles of A in its own rows and its tiles of B in its own columns. Numbers are the order in which a program loaded
+    its tiles. `programs`: a list of (i, j); without it, all. A tile that several programs load is cut into slices.
+    """
+    walks = _product_tiles(by_row, by_column, programs)
+    fig = picture(6, 3.9, layout=None)
+    size, gap = min(2.9 / (m + k), 3.2 / (n + k)), 0.35  # inches for each number, and between matrices
+    place = {"a": (0.6, 0.35, k, m), "b": (0.6 + k * size + gap, 0.35 + m * size + gap, n, k)}
+    place["c"] = (0.6 + k * size + gap, 0.35, n, m)
+    width, height = fig.get_size_inches()
+    for name, (x, y, across, down) in place.items():
+        ax = fig.add_axes((x / width, y / height, across * size / width, down * size / height))
+        ax.set(xlim=(0, across), ylim=(down, 0), xticks=[], yticks=[])
+        ax.add_patch(Rectangle((0, 0), across, down, gid="untouched", **HATCH))
+        _draw_shares(ax, [walk[name] for walk in walks.values()], numbered=name != "c")
+        no_frame(ax)
+        ax.set_title(f"{name.upper()}   {down} x {across}", fontsize=9, pad=3)
+    keys = [Patch(facecolor=colour) for colour, _ in zip(TINTS, walks)]
+    names = [f"program ({i}, {j})" for i, j in walks][: len(keys)]
+    place = (x / width - 0.01 + n * size / width, 0.35 / height)
+    fig.legend([*keys, Patch(**HATCH)], [*names, "not touched"], loc="lower left", bbox_to_anchor=place, frameon=False)
+    fig.text(0.02, 0.965, title or f"{_count(len(walks), 'program')} of a product", va="top", fontsize=11)
+    shape = f"A is {m} x {k}, B {k} x {n}, C {m} x {n}"
+    fig.description = as_sentences(title, shape, *(_product_in_words(who, walk) for who, walk in walks.items()))
+    return fig
+
+
+def _product_tiles(by_row: Trace, by_column: Trace, programs) -> dict[tuple, dict[str, list]]:
+    """{(i, j): {"a": [(rows, columns), ...] in order of load, "b": ..., "c": in order of store}}"""
+    walks = {}
+    for one, other in zip(by_row.events, by_column.events, strict=True):
+        if (one.kind, one.name, one.program) != (other.kind, other.name, other.program):
+            raise ValueError("by_row and by_column are not traces of the same call")
+        who = one.program[:2]
+        if one.name in ("a", "b", "c") and (programs is None or who in programs):
+            walk = walks.setdefault(who, {"a": [], "b": [], "c": []})
+            walk[one.name].append(((one.start, one.stop), (other.start, other.stop)))
+    return walks
+
+
+def _draw_shares(ax, walks: list[list], numbered: bool) -> None:
+    """Each tile in the colours of those who touched it, side by side, with the numbers of their visits."""
+    owners = {}
+    for colour, walk in zip(itertools.cycle(TINTS), walks):
+        for number, tile in enumerate(walk, 1):
+            owners.setdefault(tile, []).append((colour, number))
+    for ((r0, r1), (c0, c1)), shares in owners.items():
+        step = (c1 - c0) / len(shares)
+        for place, (colour, number) in enumerate(shares):
+            left = c0 + place * step
+            ax.add_patch(Rectangle((left, r0), step, r1 - r0, facecolor=colour, gid="touched"))
+            if numbered:
+                ax.text(left + step / 2, (r0 + r1) / 2, number, ha="center", va="center_baseline", fontsize=8, gid="visit")
+        ax.add_patch(Rectangle((c0, r0), c1 - c0, r1 - r0, fill=False, edgecolor="white", linewidth=1.5))
+
+
+def _product_in_words(who: tuple, walk: dict[str, list]) -> str:
+    rows, columns = (listed(f"{a}-{b - 1}" for a, b in sorted({tile[side] for tile in walk["c"]})) for side in (0, 1))
+    loads = f"loads {_count(len(walk['a']), 'tile')} of A and {_count(len(walk['b']), 'tile')} of B"
+    return f"Program {who} {loads} and stores rows {rows}, columns {columns} of C"
+
+
+@drawn
+def meetings(trace: Trace, name: str, *, title: str | None = None) -> Figure:
+    """Where along the tensor `name` each program of a kernel was; framed where one stored what another touched.
+
+    Programs go down. A place is a row of the tensor, or an element if it has one dimension. A frame is a race: what is read
+    or left there depends on which program comes first.
+    """
+    events = [e for e in trace.events if e.name == name and e.program]
+    if not events:
+        raise ValueError(f"no program touches {name!r} in this trace; it has {', '.join(trace.names)}")
+    rows = max(e.stop for e in events)
+    who = list(dict.fromkeys(e.program for e in events))
+    stored, touched = np.zeros((2, len(who), rows), dtype=bool)
+    for e in events:
+        touched[who.index(e.program), e.start : e.stop] = True
+        stored[who.index(e.program), e.start : e.stop] |= e.kind == "store"
+    met = touched & (stored.sum(0) - stored > 0) | stored & (touched.sum(0) > 1)
+    fig = picture(6, min(3.5, 1.3 + 0.4 * len(who)))
+    ax = fig.subplots()
+    for i, j in np.argwhere(touched):
+        fill = TINTS[i % len(TINTS)] if stored[i, j] else "white"
+        edge = {"edgecolor": ALARM, "linewidth": 2} if met[i, j] else {"edgecolor": "white", "linewidth": 1}
+        ax.add_patch(Rectangle((j + 0.06, i + 0.08), 0.88, 0.84, facecolor=fill, gid="met" if met[i, j] else "own", **edge))
+    ax.set(xlim=(0, rows), ylim=(len(who), 0), xlabel=f"place in {name}")
+    ax.set_xticks(np.arange(rows)[:: -(-rows // 16)] + 0.5, np.arange(rows)[:: -(-rows // 16)])
+    ax.set_yticks(np.arange(len(who)) + 0.5, [f"program {program[0]}" for program in who])
+    no_frame(ax)
+    many = int((met.sum(0) > 0).sum())
+    headline = f"Programs meet in {many} of {_count(rows, 'place')} of {name}" if many else "No two programs meet"
+    ax.set_title(title or headline)
+    each = (f"Program {program[0]} touches {_in_ranges(touched[i])}" for i, program in enumerate(who[:8]))
+    fig.description = as_sentences(title, headline, *each)
+    return fig
+
+
+def _in_ranges(chosen: np.ndarray) -> str:
+    """[True, True, False, True] -> "places 0-1, 3"."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], chosen.astype(int), [0]]))).reshape(-1, 2)
+    return "places " + ", ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in edges)
+
+
+
+@drawn
 def weights(matrix, words=None, *, columns=None, title: str | None = None, decimals: int = 2) -> Figure:
     """A small matrix, each number in its cell: queries down, keys across. -inf and nan are drawn as masked."""
     matrix = torch.as_tensor(matrix).detach().cpu().double().numpy()

@@ -24,11 +24,13 @@ from flash_edu.figures import (
     error_map,
     largest_allocation,
     loss_curves,
+    meetings,
     memory_curve,
     peak_memory,
     play_softmax,
     play_tile_walk,
     player,
+    product_walk,
     readme,
     roofline,
     softmax_evolution,
@@ -582,7 +584,49 @@ def noisy_losses():
     return (4.2 * torch.exp(-torch.arange(300) / 90) + 0.05 * torch.randn(300)).tolist()
 
 
+def product_traces(m=40, n=56, k=32):
+    tensors = {"a": torch.randn(m, k), "b": torch.randn(k, n)}
+    return [trace_file(KERNELS, "product", tensors, row_axes=dict.fromkeys("abc", axis)) for axis in (0, 1)]
+
+
+def test_product_walk_shows_the_tiles_of_each_program():
+    traces = product_traces()
+    fig = product_walk(*traces, 40, 56, 32, programs=[(0, 3), (2, 3), (2, 0)])
+    a, b, c = (next(ax for ax in fig.axes if ax.get_title("left").startswith(name)) for name in "ABC")
+    touched = [[p for p in ax.patches if p.get_gid() == "touched"] for ax in (a, b, c)]
+    assert [len(patches) for patches in touched] == [6, 6, 3]
+    stored = {(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in touched[2]}
+    assert stored == {(48, 0, 8, 16), (48, 32, 8, 8), (0, 32, 16, 8)}
+    halves = {(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in touched[1] if p.get_x() >= 48}
+    assert halves == {(48, 0, 4, 16), (52, 0, 4, 16), (48, 16, 4, 16), (52, 16, 4, 16)}
+    assert sorted(text.get_text() for text in a.texts) == ["1"] * 3 + ["2"] * 3 and not c.texts
+    every = product_walk(*traces, 40, 56, 32)
+    assert sum(p.get_gid() == "touched" for ax in every.axes for p in ax.patches) == 12 * (2 + 2 + 1)
+
+
+def test_product_walk_wants_two_traces_of_one_call():
+    by_row, other = product_traces()[0], product_traces(m=32, n=40)[1]
+    with pytest.raises(ValueError, match="same call|shorter|longer"):
+        product_walk(by_row, other, 40, 56, 32)
+
+
+@pytest.mark.parametrize("step, met", [(0, 8), (2, 4), (4, 0)])
+def test_meetings_frames_what_two_programs_touch(step, met):
+    trace = trace_file(KERNELS, "shared_sum", {"x": torch.ones(2, 4)}, step=step)
+    fig = meetings(trace, "out")
+    gids = [patch.get_gid() for patch in fig.axes[0].patches]
+    assert gids.count("met") == met and gids.count("own") == 8 - gids.count("met")
+    assert fig.axes[0].get_title("left").startswith("Programs meet in" if met else "No two programs meet")
+
+
+def test_meetings_wants_a_tensor_that_was_touched():
+    with pytest.raises(ValueError, match="no program touches 'y'"):
+        meetings(trace_file(KERNELS, "shared_sum", {"x": torch.ones(2, 4)}, step=4), "y")
+
+
 PICTURES = {
+    "product_walk": lambda: product_walk(*product_traces(), 40, 56, 32, programs=[(0, 0), (1, 0)]),
+    "meetings": lambda: meetings(trace_file(KERNELS, "shared_sum", {"x": torch.ones(4, 4)}, step=2), "out"),
     "tile_walk": lambda: tile_walk(trace_forward(112, 128, causal=True, block_k=32), 112, 128, causal=True),
     "softmax_evolution": lambda: softmax_evolution(softmax_history(torch.randn(64), 8), title="A row"),
     "memory_curve": lambda: memory_curve(
@@ -636,6 +680,15 @@ WALK = [((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))]
             lambda: roofline({"naive": (1e9, 1e8, 0.1), "fused": (1e9, 1e6, None)}, peak=1e11, bandwidth=1e10),
             "A roofline of 100 G flops per second, with its ridge at 10 flops per byte:"
             " naive, measured, 10 G at 10 flops per byte; fused, a model, 100 G at 1e+03 flops per byte.",
+        ),
+        (
+            lambda: product_walk(*product_traces(), 40, 56, 32, programs=[(2, 3)]),
+            "A is 40 x 32, B 32 x 56, C 40 x 56. Program (2, 3) loads 2 tiles of A and 2 tiles of B and stores"
+            " rows 32-39, columns 48-55 of C.",
+        ),
+        (
+            lambda: meetings(trace_file(KERNELS, "shared_sum", {"x": torch.ones(2, 4)}, step=3), "out"),
+            "Programs meet in 1 of 7 places of out. Program 0 touches places 0-3. Program 1 touches places 3-6.",
         ),
         (
             lambda: tile_walk([((0, 4), (0, 1))], 4, 1),

@@ -64,3 +64,38 @@ def copy_by_descriptors(src):
     dst = torch.empty_like(src)
     copy_kernel[(triton.cdiv(src.shape[0], 16),)](src, dst, src.shape[0], D=src.shape[1], BLOCK=16)
     return dst
+
+
+@triton.jit
+def tile_of_product_kernel(A, B, C, M, N, K, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, K, BLOCK):
+        ks = start + tl.arange(0, BLOCK)
+        a = tl.load(A + rows[:, None] * K + ks[None, :], mask=(rows < M)[:, None] & (ks < K)[None, :], other=0.0)
+        b = tl.load(B + ks[:, None] * N + cols[None, :], mask=(ks < K)[:, None] & (cols < N)[None, :], other=0.0)
+        acc += tl.dot(a, b, input_precision="ieee")
+    tl.store(C + rows[:, None] * N + cols[None, :], acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+def product(a, b):
+    """A B of (M, K) and (K, N), one program for each 16 x 16 tile."""
+    (M, K), N = a.shape, b.shape[1]
+    c = a.new_empty(M, N)
+    tile_of_product_kernel[(triton.cdiv(M, 16), triton.cdiv(N, 16))](a, b, c, M, N, K, BLOCK=16)
+    return c
+
+
+@triton.jit
+def shared_sum_kernel(X, OUT, N: tl.constexpr, STEP: tl.constexpr):
+    here = tl.arange(0, N)
+    out = OUT + tl.program_id(0) * STEP + here
+    tl.store(out, tl.load(out) + tl.load(X + tl.program_id(0) * N + here))
+
+
+def shared_sum(x, step):
+    """Program i adds row i of x, (M, N), to the N numbers of out from i * step on."""
+    out = x.new_zeros(len(x) * x.shape[1])
+    shared_sum_kernel[(len(x),)](x, out, N=x.shape[1], STEP=step)
+    return out
