@@ -316,3 +316,17 @@ def test_shapes(answer):
     got = answer.gqa_backward(case.dout, case.q, case.k, case.v, saved["out"], saved["lse"], scale=8**-0.5)
     for name, x, y in zip("qkv", got, (case.q, case.k, case.v)):
         assert x.shape == y.shape, f"d{name} has the shape {tuple(x.shape)}, expected {tuple(y.shape)}"
+
+
+@pytest.mark.exercise("10.2")
+def test_padding_keeps_real_nan(answer):
+    """a NaN in the value of a real key is not hidden"""
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
+    v[:, :, 1, 2] = float("nan")  # key 1 is real, key 4 is padding
+    out = answer.padded_attention(q, k, v, torch.tensor([[True, True, True, True, False]]))
+    assert out is not None, "padded_attention returned None."
+    assert out[..., 2].isnan().all(), (
+        "The value of a real key held NaN, and the output does not.\n"
+        "`nan_to_num` hides a bug in a real key as well. Zero the values where the mask says padding, nowhere else."
+    )
