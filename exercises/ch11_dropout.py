@@ -159,7 +159,7 @@ def dropout_backward(
             q_i, dout_i = q[:, :, i : i + block_q], dout[:, :, i : i + block_q]
             rows = torch.arange(i, i + q_i.shape[2], device=q.device)
             s = scale * (q_i @ k_j.mT)  # (B, H, bq, bk)
-            # your code here: 11.4 dropout_backward, add the tile to dv, dk and dq (about 7 lines)
+            # your code here: 11.4 dropout_backward, add the tile to dv, dk and dq (about 8 lines)
             raise NotImplementedError("11.4 dropout_backward is not written yet")
             # end of your code
     return dq, dk, dv

@@ -174,9 +174,10 @@ def dropout_backward(
             q_i, dout_i = q[:, :, i : i + block_q], dout[:, :, i : i + block_q]
             rows = torch.arange(i, i + q_i.shape[2], device=q.device)
             s = scale * (q_i @ k_j.mT)  # (B, H, bq, bk)
-            # your code here: 11.4 dropout_backward, add the tile to dv, dk and dq (about 7 lines)
+            # your code here: 11.4 dropout_backward, add the tile to dv, dk and dq (about 8 lines)
             p = (s - lse[:, :, i : i + block_q, None]).exp()
-            z = keep_tile(seed, dropout_p, heads, rows, cols).view_as(s) / (1 - dropout_p)
+            keep = keep_tile(seed, dropout_p, heads, rows, cols).view_as(s)
+            z = keep.to(s.dtype) / (1 - dropout_p)
             dv[:, :, j : j + block_k] += (p * z).mT @ dout_i
             dp = (dout_i @ v_j.mT) * z
             ds = p * (dp - delta[:, :, i : i + block_q, None])

@@ -81,8 +81,8 @@ def words_from(answer, counter, key, *rounds):
 
 def judge_words(answer, counter, key, rounds, look):
     """Each of the words, (4, n) counters at once."""
-    got = words_from(answer, counter, key, rounds).flatten(1)
-    for place, c in enumerate(counter.flatten(1).T.tolist()):
+    got = words_from(answer, counter, key, rounds).reshape(4, -1)
+    for place, c in enumerate(counter.reshape(4, -1).T.tolist()):
         want = words_of(c, key.tolist(), rounds)
         mine = got[:, place].tolist()
         assert mine == want, (
