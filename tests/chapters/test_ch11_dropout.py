@@ -161,6 +161,9 @@ PLACE = (
 )
 
 
+EXACT = "keep is `word >= threshold`, compared as whole numbers: a float32 has 24 bits, and a word has 32."
+
+
 def tile(heads, rows, cols):
     return [torch.as_tensor(x, dtype=torch.int64) for x in (heads, rows, cols)]
 
@@ -201,11 +204,12 @@ def judge_tile(answer, seed, p, heads, rows, cols, what, look):
 def test_the_first_four(answer):
     """four neighbouring columns are the four words of one counter"""
     seed, p = numbers(11, 0), 0.5
-    words = words_of((0, 0, 0, 0), (11, 0), 7)
-    got = keep_from(answer, seed, p, *tile([0], [0], [0, 1, 2, 3]))[0, 0].tolist()
-    want = [word >= 2**31 for word in words]
+    fours = [words_of((number, 0, 0, 0), (11, 0), 7) for number in (0, 1)]
+    got = keep_from(answer, seed, p, *tile([0], [0], range(8)))[0, 0].tolist()
+    want = [word >= 2**31 for words in fours for word in words]
     assert got == want, (
-        f"seed 11, offset 0, head 0, row 0, dropout 0.5. The words are {hexed(words)}, so keep = {want} from 80000000 on; got {got}.\n{PLACE}"
+        f"seed 11, offset 0, head 0, row 0, dropout 0.5. The words of columns 0 to 3 are {hexed(fours[0])}, and of 4 to 7 {hexed(fours[1])}.\n"
+        f"Kept is what is not below 80000000: {want}; got {got}.\n{PLACE}"
     )
 
 
@@ -275,6 +279,16 @@ def test_each_weight_is_its_own(answer):
         for step in (1, 2, 3):
             agree = (kept == kept.roll(step, axis)).double().mean().item()
             assert 0.45 < agree < 0.55, f"{name} {step} apart agree in {agree:.0%} of their decisions, expected half.\n{PLACE}"
+
+
+@pytest.mark.exercise("11.2")
+def test_at_the_threshold(answer):
+    """a word at the threshold is kept, and the word before it is dropped"""
+    for head, row, col in ((0, 0, 0), (2, 5, 6), (1, 3, 11)):
+        word = words_of((col // 4, row, head, 9), (77, 0), 7)[col % 4]
+        for limit, decision in ((word, "kept"), (word + 1, "dropped")):
+            what = f"the threshold is {limit:08x}; at head {head}, row {row}, column {col} the word is {word:08x}, which is {decision}"
+            judge_tile(answer, (77, 9), limit / 2**32, range(3), range(8), range(16), what, EXACT)
 
 
 # 11.3 dropout_forward
@@ -543,3 +557,14 @@ def test_kernel_rate(answer):
     """p = 0 keeps all, and p near 1 hardly any"""
     for p in (0.0, 1e-9, 0.51, 1 - 1e-9):
         judge_kernel(answer, SEEDS[2], p, 1, 32, 32, f"limit is {min(round(p * 2**32), WORD)}.\n{KERNEL}")
+
+
+@pytest.mark.exercise("11.5")
+def test_kernel_at_the_limit(answer):
+    """a word at the limit is kept, and the word before it is dropped"""
+    for head, row, col in ((0, 0, 0), (1, 5, 6), (1, 30, 11)):
+        word = words_of((col // 4, row, head, 9), (77, 0), 7)[col % 4]
+        for limit, decision in ((word, "kept"), (word + 1, "dropped")):
+            at = f"limit is {limit:08x}; at head {head}, row {row}, column {col} the word is {word:08x}, which is {decision}"
+            look = f"{at}.\nkeep is `word >= limit`, compared as int64: a float32 has 24 bits, and a word has 32."
+            judge_kernel(answer, (77, 9), limit / 2**32, 2, 32, 32, look)
