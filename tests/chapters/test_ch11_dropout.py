@@ -55,6 +55,7 @@ def right_philox(counter, key, rounds=7):
         assert not wrong.any(), (
             f"philox takes words from 0 to 2^32 - 1; its {name} holds {x[wrong].flatten()[0].item()}. `& WORD` makes a word."
         )
+    assert rounds == package.ROUNDS, f"This mask is made with {package.ROUNDS} rounds, which is what philox does if nobody asks; you asked for {rounds}."
     seed = key[0] | (key[1] << 32)
     return torch.stack(torch.broadcast_tensors(*package._philox(list(counter), seed)))
 
