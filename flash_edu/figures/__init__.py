@@ -62,7 +62,9 @@ weights(matrix, words=None, *, columns=None, title=None, decimals=2)
 roofline({name: (flops, bytes, seconds or None)}, *, peak, bandwidth, title=None)
     Flops per second against flops per byte, below min(peak, intensity * bandwidth). A point with seconds was
     measured: filled. One with None is modelled: hollow, on the roof, and called a model in the legend.
-loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)")
+masks({name: (mask, trace)}, *, title=None)
+    Bool matrices side by side, True filled, with the tiles of a trace, or of a list like tile_walk's, in their order.
+loss_curves({name: losses}, *, baseline=None, title=None, ylabel="loss (nats)", xlabel="step")
     A loss per step, or (step, loss) pairs. baseline: a number, or (label, number).
 product_walk(by_row, by_column, m, n, k, *, programs=None, title=None)
     A matrix product: which tiles of A, B and C its programs touch. Two traces of one call, with row_axes 0 and 1.
@@ -87,7 +89,7 @@ _HOMES = {
     "trace": ("Access", "Trace", "watch"),
     "traffic": ("Allocation", "Op", "Traffic", "count_traffic", "largest_allocation", "peak_memory"),
     "triton_trace": ("trace_backward", "trace_file", "trace_forward", "trace_triton"),
-    "matrices": ("error_map", "meetings", "play_tile_walk", "product_walk", "tile_walk", "weights"),
+    "matrices": ("error_map", "masks", "meetings", "play_tile_walk", "product_walk", "tile_walk", "weights"),
     "charts": ("bars", "loss_curves", "memory_curve", "play_softmax", "roofline", "softmax_evolution"),
     "playing": ("Player", "player"),
 }

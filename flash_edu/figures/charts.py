@@ -332,7 +332,7 @@ def _rate(y: float) -> str:
 
 @drawn
 def loss_curves(
-    histories: dict[str, list], *, baseline=None, title: str | None = None, ylabel: str = "loss (nats)"
+    histories: dict[str, list], *, baseline=None, title: str | None = None, ylabel: str = "loss (nats)", xlabel: str = "step"
 ) -> Figure:
     """{name: losses}, one a step, or {name: [(step, loss), ...]}. `baseline`: a number, or (label, number)."""
     fig = picture()
@@ -341,7 +341,7 @@ def loss_curves(
     for i, (name, history) in enumerate(histories.items()):
         points = [p if isinstance(p, tuple | list) else (step, float(p)) for step, p in enumerate(history, 1)]
         (first, low), (last, high) = points[0], points[-1]
-        said.append(f"{name}, {float(low):.3g} at step {first} to {float(high):.3g} at step {last}")
+        said.append(f"{name}, {float(low):.3g} at {xlabel} {first} to {float(high):.3g} at {xlabel} {last}")
         ax.plot(*zip(*points), label=name, linestyle=styles[i % len(styles)], linewidth=1.8)
     if baseline is not None:
         label, level = baseline if isinstance(baseline, tuple | list) else ("baseline", baseline)
@@ -350,10 +350,10 @@ def loss_curves(
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         style = {"ha": "left", "va": "center", "fontsize": 8.5}  # outside, where no curve can be
         ax.annotate(f"{label}: {float(level):.3g}", (1, float(level)), (4, 0), **place, **style)
-    ax.set(xlabel="step", ylabel=ylabel)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(True, axis="y", color="#E6E6E6", linewidth=0.8)
     ax.legend(loc="best")
-    fig.description = as_sentences(title, f"{ylabel.capitalize()} against step: {'; '.join(said)}")
+    fig.description = as_sentences(title, f"{ylabel.capitalize()} against {xlabel}: {'; '.join(said)}")
     if title:
         ax.set_title(title)
     return fig

@@ -396,6 +396,58 @@ def weights(matrix, words=None, *, columns=None, title: str | None = None, decim
     return fig
 
 
+@drawn
+def masks(panels: dict[str, tuple[Tensor, Trace | list[tuple[Rows, Rows]]]], *, title: str | None = None) -> Figure:
+    """Masks side by side, and the tiles they were made in: {name: (mask, walk)}, queries down and keys across.
+
+    mask (rows, columns) bool: a filled square is True. walk: a Trace, or a list of tiles as `tile_walk` takes it; its tiles
+    are outlined, and numbered in the order of visit if there is room.
+    """
+    if not panels:
+        raise ValueError("masks draws at least one mask")
+    arrays = {name: np.asarray(torch.as_tensor(mask).detach().cpu()) for name, (mask, _) in panels.items()}
+    for name, mask in arrays.items():
+        if mask.ndim != 2 or mask.dtype != bool:
+            raise ValueError(f"masks draws bool matrices; {name} is {mask.dtype} of shape {mask.shape}")
+    rows, cols = next(iter(arrays.values())).shape
+    width = min(3.4, 7.2 / len(panels))
+    fig = picture(max(3.0, width * len(panels)), max(1.9, min(4.2, width * rows / cols + 0.9)))
+    for ax, (name, mask) in zip(np.atleast_1d(fig.subplots(1, len(panels))), arrays.items()):
+        (rows, cols), (walk,) = mask.shape, first_head_walks(panels[name][1]).values()
+        ax.imshow(mask, cmap="Blues", vmin=0, vmax=1.9, extent=(0, cols, rows, 0), interpolation="nearest")
+        for number, ((q0, q1), (k0, k1)) in enumerate(walk, 1):
+            style = {"fill": False, "edgecolor": ALARM, "linewidth": 1.1, "gid": "tile"}
+            ax.add_patch(Rectangle((k0, q0), k1 - k0, q1 - q0, **style))
+            if len(walk) <= 24:
+                at = ((k0 + k1) / 2, (q0 + q1) / 2)
+                ax.text(*at, number, ha="center", va="center", fontsize=9, path_effects=_HALO, gid="visit")
+        edges = [_edges([tile[axis] for tile in walk], length) for axis, length in ((0, rows), (1, cols))]
+        ax.set(yticks=_thinned(edges[0]), xticks=_thinned(edges[1]), aspect="equal", xlabel="key")
+        ax.set_title(name, fontsize=9.5)
+        no_frame(ax)
+    fig.axes[0].set_ylabel("query")
+    if title:
+        fig.suptitle(title, fontsize=11, x=0.02, ha="left")
+    walks = {name: next(iter(first_head_walks(panels[name][1]).values())) for name in panels}
+    fig.description = as_sentences(title, *_masks_in_words(arrays, walks))
+    return fig
+
+
+def _masks_in_words(arrays: dict[str, np.ndarray], walks: dict[str, list]):
+    """How much of each is True, in which tiles; and whether the others equal the first."""
+    first, *others = arrays
+    for name, mask in arrays.items():
+        walk = walks[name]
+        sizes = (max(stop - start for start, stop in ranges) for ranges in zip(*walk))
+        tiles = f"{_count(len(walk), 'tile')} of {' x '.join(map(str, sizes))}"
+        shape = f"{_count(mask.shape[0], 'query')} and {_count(mask.shape[1], 'key')}"
+        yield f"{name}: {shape}, {int(mask.sum())} of {mask.size} are kept, in {tiles}, {tile_in_words(walk[0])} first"
+    for name in others:
+        if arrays[name].shape == arrays[first].shape:
+            wrong = int((arrays[name] != arrays[first]).sum())
+            yield f"{name} and {first} " + (f"differ in {_count(wrong, 'place')}" if wrong else "are equal")
+
+
 def _matrix_in_words(matrix: np.ndarray, words, columns, decimals: int):
     """Each row's numbers if there are few; of many, the largest of the row."""
     rows, cols = matrix.shape

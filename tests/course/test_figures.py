@@ -24,6 +24,7 @@ from flash_edu.figures import (
     error_map,
     largest_allocation,
     loss_curves,
+    masks,
     meetings,
     memory_curve,
     peak_memory,
@@ -526,6 +527,27 @@ def test_weights_writes_each_number_and_marks_masked_cells():
         weights(torch.zeros(1, 1, 2, 2))
 
 
+def test_masks_show_every_weight_and_the_tiles_in_order():
+    keep = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    halves = [((0, 2), (0, 2)), ((0, 2), (2, 4))]
+    fig = masks({"a": (keep, halves), "b": (~keep, halves[::-1])}, title="Kept")
+    for ax, mask, order in zip(fig.axes, (keep, ~keep), (halves, halves[::-1])):
+        assert ax.images[0].get_array().tolist() == mask.tolist()
+        tiles = [(p.get_y(), p.get_x(), p.get_height(), p.get_width()) for p in patches(ax, "tile")]
+        assert tiles == [(q0, k0, q1 - q0, k1 - k0) for (q0, q1), (k0, k1) in order]
+        assert texts(ax) == ["1", "2"]
+    trace, watched = watch(q=torch.ones(4, 8), k=torch.ones(6, 8))
+    for i in (0, 2):
+        rows, keys = watched["q"][i : i + 2], watched["k"][0:6]
+        assert rows.shape == (2, 8) and keys.shape == (6, 8)
+    (ax,) = masks({"a trace": (torch.ones(4, 6, dtype=torch.bool), trace)}).axes
+    assert len(patches(ax, "tile")) == 2
+    with pytest.raises(ValueError, match="bool matrices; a is float32 of shape"):
+        masks({"a": (torch.ones(2, 2), halves)})
+    with pytest.raises(ValueError, match="at least one"):
+        masks({})
+
+
 def test_loss_curves_have_a_baseline():
     histories = {"a": [3.0, 2.0], "b": [(10, 2.5), (20, 1.0)]}
     (ax,) = loss_curves(histories, baseline=("guessing", math.log(10))).axes
@@ -634,6 +656,9 @@ PICTURES = {
     ),
     "bars": lambda: bars({"naive": 1e9, "flash": 1e6}, "B"),
     "weights": lambda: weights(torch.randn(24, 24).softmax(-1)),
+    "masks": lambda: masks(
+        {name: (torch.rand(32, 32) < 0.7, trace_forward(32, 32, block_q=32)) for name in "abc"}, title="Three masks"
+    ),
     "loss_curves": lambda: loss_curves(
         {"a": noisy_losses(), "b": noisy_losses()}, baseline=("guessing", 4.2)
     ),
@@ -720,6 +745,19 @@ WALK = [((0, 4), (0, 4)), ((4, 8), (0, 4)), ((4, 8), (4, 8))]
             "A matrix of 2 rows (queries) and 9 columns (keys)."
             " Row 0: largest 1.00, at key 0. Row 1: largest 1.00, at key 1.",
         ),
+        (
+            lambda: masks({n: (torch.eye(4)[:2] > 0, [((0, 2), (0, 2)), ((0, 2), (2, 4))]) for n in ("one", "two")}, title="M"),
+            "M. one: 2 queries and 4 keys, 2 of 8 are kept, in 2 tiles of 2 x 2, queries 0-1 with keys 0-1 first."
+            " two: 2 queries and 4 keys, 2 of 8 are kept, in 2 tiles of 2 x 2, queries 0-1 with keys 0-1 first."
+            " two and one are equal.",
+        ),
+        (
+            lambda: masks({n: (torch.arange(4).view(2, 2) < i, [((0, 2), (0, 2))]) for i, n in enumerate(("a", "b"), 2)}),
+            "a: 2 queries and 2 keys, 2 of 4 are kept, in 1 tile of 2 x 2, queries 0-1 with keys 0-1 first."
+            " b: 2 queries and 2 keys, 3 of 4 are kept, in 1 tile of 2 x 2, queries 0-1 with keys 0-1 first."
+            " b and a differ in 1 place.",
+        ),
+        (lambda: loss_curves({"a": [0.5, 0.7]}, ylabel="kept", xlabel="row"), "Kept against row: a, 0.5 at row 1 to 0.7 at row 2."),
         (
             lambda: loss_curves({"a": [4.0, 3.0], "b": [(10, 2.0), (20, 1.5)]}, baseline=("pairs", 2.5)),
             "Loss (nats) against step: a, 4 at step 1 to 3 at step 2; b, 2 at step 10 to 1.5 at step 20; pairs is 2.5.",
