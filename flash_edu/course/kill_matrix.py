@@ -42,14 +42,14 @@ def _fate(mistake: Mistake, event: dict | None) -> Fate:
 
 def main(numbers: list[str]) -> int:
     course, survivors = load_course(), 0
-    for chapter in course.chapters:
-        if chapter.exercises and (not numbers or str(chapter.number) in numbers):
-            for fate in kill_matrix(chapter, course):
-                survivors += not fate.claim
-                others = [name for name in fate.alike if name != fate.mistake.name]
-                print(f"{fate.mistake.exercise}  {fate.mistake.name}")
-                print(f"      {'caught by: ' + fate.claim if fate.claim else 'SURVIVES: no claim catches it'}")
-                print("".join(f"      cannot be told from: {name}\n" for name in others), end="", flush=True)
+    chapters = [course.find(number)[0] for number in numbers] or course.chapters
+    for chapter in chapters:
+        for fate in kill_matrix(chapter, course) if chapter.exercises else ():
+            survivors += not fate.claim
+            others = [name for name in fate.alike if name != fate.mistake.name]
+            print(f"{fate.mistake.exercise}  {fate.mistake.name}")
+            print(f"      {'caught by: ' + fate.claim if fate.claim else 'SURVIVES: no claim catches it'}")
+            print("".join(f"      cannot be told from: {name}\n" for name in others), end="", flush=True)
     print(f"{survivors} mistakes survive" if survivors else "every mistake is caught")
     return 1 if survivors else 0
 

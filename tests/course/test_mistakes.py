@@ -170,7 +170,7 @@ def test_what_is_equivalent_survives(small, monkeypatch, capsys):
     assert (swapped.claim, swapped.alike) == ("quotient and rest of 7 and 2", ("they are swapped",))
     assert swapped.message == "7 = 3 * 2 + 1" and same.claim == ""
     monkeypatch.chdir(small.root)
-    assert main(["1"]) == 1
+    assert main(["01"]) == 1
     assert "1.2  another way\n      SURVIVES" in capsys.readouterr().out
 
 
@@ -189,6 +189,11 @@ def test_what_is_equivalent_survives(small, monkeypatch, capsys):
 def test_a_table_that_makes_no_sense_is_refused(small, table, said):
     with pytest.raises(CourseError, match=re.escape(said)):
         kill_matrix(*catalogue(small, table))
+
+
+def test_a_chapter_that_does_not_exist_is_not_called_proven():
+    with pytest.raises(CourseError, match='no chapter or exercise "77"'):
+        main(["77"])
 
 
 def test_solutions_that_fail_prove_nothing(small):
