@@ -258,8 +258,8 @@ class ScoreRules:
         slope = mask_slope = 1.0
         s = products * self.rules.scale
         if self.rules.softcap is not None:
-            tanh = (s / self.rules.softcap).tanh()
-            s, slope = self.rules.softcap * tanh, 1 - tanh * tanh
+            share = s / self.rules.softcap
+            s, slope = self.rules.softcap * share.tanh(), share.cosh() ** -2  # 1 - tanh^2 is all rounding where tanh is nearly 1
         if self._modifies():
             before = self._after_softcap(self.by_head(s), rows, cols)
             hidden = before == NEG_INF

@@ -92,3 +92,10 @@ def tanh(x):
     near = 1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835))))
     limit = 0.01 if x.dtype == tl.float64 else 0.25  # the series' next term is below the rounding
     return tl.where(tl.abs(x) < limit, x * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)^2, also where tanh is so near 1 that the difference would be all rounding."""
+    t = tl.exp2(tl.abs(x) * -2 * LOG2E)
+    return 4 * t / ((1 + t) * (1 + t))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_edu import patterns
-from flash_edu.kernels.common import LOG2E, load_tile, tanh
+from flash_edu.kernels.common import LOG2E, load_tile, tanh, tanh_slope
 from flash_edu.philox import ROUNDS, dropout_threshold
 from flash_edu.rules import Rules
 
@@ -153,9 +153,8 @@ def changed_scores_and_slopes(b_s, batch, head, i, j, Nq, Nk, rules):
     b_slope = tl.full(b_s.shape, 1.0, b_s.dtype)
     b_mask_slope = b_slope
     if rules.softcap is not None:
-        b_tanh = tanh(b_s / rules.softcap)
-        b_s = rules.softcap * b_tanh
-        b_slope = 1 - b_tanh * b_tanh
+        b_share = b_s / rules.softcap
+        b_s, b_slope = rules.softcap * tanh(b_share), tanh_slope(b_share)
     if rules.score_grad is not None:
         b_before = after_softcap(b_s, batch, head, i, j, Nq, Nk, rules, False)
         i_in, j_in = inside(i, j, Nq, Nk)

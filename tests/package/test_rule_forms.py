@@ -192,6 +192,14 @@ def test_softcaps(softcap, backend):
     check_form(backend, LENGTHS["Nq < Nk"], softcap=softcap)
 
 
+def test_slope_of_a_full_softcap(backend):
+    """Where tanh is nearly 1, its slope 1 - tanh^2 is a small number, and has all its places. One key: only the lse has a gradient."""
+    q, k, v = (torch.tensor(x, device=DEVICE).reshape(1, 1, -1, 1) for x in ([-8.0, -6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0, 8.0], [1.0], [1.0]))
+    _, lse = flash_attention_with_lse(q.requires_grad_(), k, v, softcap=1.0, scale=1.0, backend=backend)
+    (dq,) = torch.autograd.grad(lse.sum(), q)
+    torch.testing.assert_close(dq.double(), q.double().cosh() ** -2, rtol=2e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("sink", [0.0, -1e4, 1e4, -50.0, 50.0, NEG_INF])
 @pytest.mark.parametrize("causal", [False, True])
 def test_sinks(sink, causal, lengths, backend):
