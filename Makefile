@@ -5,6 +5,7 @@ PYTHON ?= python3
 PORT ?= 8888
 EXAMPLES ?= 2000
 TOOL ?= memcheck
+JOBS ?= 8
 CHAPTER_00 := $(firstword $(wildcard notebooks/00_*.ipynb))
 NBVAL := --nbval-lax --nbval-current-env
 
@@ -55,8 +56,9 @@ check: $(READY)  ## judge your answers to one chapter: make check CH=4
 test-gpu: gpu  ## run the tests of the package and of the chapters on this machine's GPU
 	@$(RUN) -m pytest -q tests/chapters tests/package
 
-sanitize: gpu  ## compute-sanitizer over every branch of the kernels (TOOL=memcheck, racecheck, initcheck or synccheck)
-	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 $(RUN) tests/package/every_branch.py
+sanitize: gpu  ## compute-sanitizer over every branch of the kernels (TOOL=memcheck, racecheck, initcheck or synccheck; JOBS=8 at a time)
+	@seq 0 $$(($(JOBS) - 1)) | PYTORCH_NO_CUDA_MEMORY_CACHING=1 xargs -P $(JOBS) -I{} \
+		compute-sanitizer --tool $(TOOL) --error-exitcode 1 $(RUN) tests/package/every_branch.py {} $(JOBS)
 
 notebooks-gpu: gpu  ## run every notebook on this machine's GPU and store its outputs (TAR=FILE: copies in one file)
 	@$(RUN) -m flash_edu.course.notebooks $(if $(TAR),--tar '$(TAR)') notebooks/*.ipynb

@@ -1,7 +1,12 @@
 """Every branch of the kernels once, at small ragged sizes, right or AssertionError. For compute-sanitizer, which takes its time:
 
-    make sanitize TOOL=memcheck      # or racecheck, initcheck, synccheck
+    make sanitize TOOL=memcheck                     # or racecheck, initcheck, synccheck
+    python tests/package/every_branch.py [0 8]      # the first of 8 shares
 """
+import sys
+from functools import partial
+from itertools import chain, islice
+
 import test_kvcache as kvcache
 import torch
 from packed_cases import check as check_packed
@@ -22,37 +27,40 @@ SHAPES = [
 ]
 
 
+# Each part yields (name, check) pairs.
+
+
 def attention():
     for number, shape in enumerate(SHAPES):
         for dtype in (HALF, torch.float32):
-            check("triton", shape, dtype)
-            check("triton", shape, dtype, causal=True)
-            yield f"plain and causal {shape} {dtype}"
+            for causal in (False, True):
+                yield f"causal={causal} {shape} {dtype}", partial(check, "triton", shape, dtype, causal=causal)
         names = [[name] for name in MAKERS] + [EVERY] if number < 2 else [EVERY]
         for asked in names:
-            check("triton", shape, HALF, **make_rules(asked, *shape[:2], *shape[3:5]))
-            yield f"{', '.join(asked)} {shape}"
+            rules = make_rules(asked, *shape[:2], *shape[3:5])
+            yield f"{', '.join(asked)} {shape}", partial(check, "triton", shape, HALF, **rules)
 
 
 def packed():
     lengths = ((70, 0, 1, 33), (50, 20, 0, 130))
     for options in ({}, {"causal": True}, {"window": (9, 4), "softcap": 3.0}, {"sinks": torch.randn(4, device=DEVICE)}):
-        check_packed("triton", lengths, packed_case(lengths, 4, 2, 64, 64, dtype=torch.float16, seed=0, **options))
-        yield f"packed {', '.join(options)}"
+        case = packed_case(lengths, 4, 2, 64, 64, dtype=torch.float16, seed=0, **options)
+        yield f"packed {', '.join(options)}", partial(check_packed, "triton", lengths, case)
 
 
 def decoding():
+    lengths, slopes = (300, 20, 65), torch.rand(8, device=DEVICE)
     for page_size in (None, 16, 64):
         for nq, new in ((1, 0), (1, 1), (4, 4), (20, 0)):
-            for options in ({}, {"window": (40, 0)}, {"softcap": 5.0, "alibi_slopes": torch.rand(8, device=DEVICE)}):
-                problem = kvcache.make_problem(
-                    (300, 20, 65), 8, 2, nq, 64, dtype=torch.float16, page_size=page_size, new=new, **options
-                )
-                kvcache.check(problem, "triton")
-        yield f"decoding, pages of {page_size}"
+            for options in ({}, {"window": (40, 0)}, {"softcap": 5.0, "alibi_slopes": slopes}):
+                sizes = {"page_size": page_size, "new": new}
+                problem = kvcache.make_problem(lengths, 8, 2, nq, 64, dtype=torch.float16, **sizes, **options)
+                name = f"decoding, Nq={nq}, {new} new, pages of {page_size}, {', '.join(options)}"
+                yield name, partial(kvcache.check, problem, "triton")
 
 
 if __name__ == "__main__":
-    for part in (attention, packed, decoding):
-        for done in part():
-            print(done, flush=True)
+    part, parts = map(int, sys.argv[1:] or (0, 1))
+    for name, judge in islice(chain(attention(), packed(), decoding()), part, None, parts):
+        judge()
+        print(name, flush=True)
