@@ -94,7 +94,7 @@ DECODE_TILES = {
     ("sm_90", 2, 16): (DecodeTile(16, 128, 4, 3), DecodeTile(16, 64, 4, 3), DecodeTile(16, 64, 8, 3)),
     ("sm_90", 2, 64): (DecodeTile(64, 64, 4, 3), DecodeTile(64, 64, 4, 3), DecodeTile(64, 32, 8, 3)),
     ("sm_80", 2, 16): (DecodeTile(16, 64, 4, 4), DecodeTile(16, 64, 4, 3), DecodeTile(16, 32, 4, 3)),
-    ("sm_80", 2, 64): (DecodeTile(64, 64, 4, 3), DecodeTile(64, 32, 4, 4), DecodeTile(64, 32, 8, 2)),
+    ("sm_80", 2, 64): (DecodeTile(64, 32, 4, 4), DecodeTile(64, 32, 8, 4), DecodeTile(64, 16, 8, 3)),
     ("sm_80", 4, 16): (DecodeTile(16, 32, 4, 4), DecodeTile(16, 32, 4, 3), DecodeTile(16, 16, 8, 2, 8)),
 }
 INTERPRETED_DECODE = {16: DecodeTile(16, 32, 2, 1), 64: DecodeTile(64, 16, 2, 1, 2)}
