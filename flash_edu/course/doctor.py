@@ -21,7 +21,7 @@ def facts() -> list[tuple[str, str]]:
         ("triton", _version("triton") if HAS_TRITON else "not installed (Triton ships for Linux only)"),
         ("GPU", _gpu()),
         ("kernels", "run on the GPU" if on_gpu else "run in Triton's interpreter" if interpreting() else "do not run"),
-        *[(f"  {str(dtype)[6:]} dot", said) for dtype, said in known_answers()],
+        *known_answers(),
     ]
 
 
@@ -48,17 +48,17 @@ def _version(package: str) -> str:
         return "unknown version"
 
 
-def known_answers() -> list[tuple[torch.dtype, str]]:
-    """tl.dot of a product whose result is known, in each dtype that this machine's kernels take."""
+def known_answers() -> list[tuple[str, str]]:
+    """How kernels fare whose result is known: a loop, and tl.dot in each dtype that this machine's kernels take."""
     if not HAS_TRITON or not (on_gpu or interpreting()):
         return []
-    from flash_edu.course.known_answer import dot_error
+    from flash_edu.course.known_answer import dot_error, loops
 
-    said = []
+    device = "cuda" if on_gpu else "cpu"
+    said = [("  loop", "right" if loops(device) else "WRONG: in its interpreter, Triton 3.6 needs NumPy below 2.4. pip install 'numpy<2.4'")]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        error = dot_error(dtype, "cuda" if on_gpu else "cpu")
         wrong = "WRONG" if on_gpu or dtype != torch.bfloat16 else "wrong, as known: the interpreter cannot do bfloat16; flash_edu refuses it there"
-        said.append((dtype, "right" if error < DIFFERENT else wrong))
+        said.append((f"  {str(dtype)[6:]} dot", "right" if dot_error(dtype, device) < DIFFERENT else wrong))
     return said
 
 

@@ -18,3 +18,21 @@ def dot_error(dtype: torch.dtype, device: str) -> float:
     dot_kernel[(1,)](a, b, got, SIZE=16)
     want = a.double() @ b.double()
     return ((got - want).abs().max() / want.abs().max()).item()
+
+
+@triton.jit
+def loop_kernel(OUT, TIMES):
+    count = 0
+    for _ in range(0, TIMES):
+        count += 1
+    tl.store(OUT, count)
+
+
+def loops(device: str) -> bool:
+    """Does a loop run as often as a number says that is known only at the call? Triton 3.6's interpreter cannot, with NumPy 2.4."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        loop_kernel[(1,)](out, 5)
+    except Exception:  # the interpreter wraps a TypeError of NumPy's in an error of its own
+        return False
+    return out.item() == 5
