@@ -136,17 +136,18 @@ class Recorder:
 
     def kill(self, item):
         """Make each mistake that no claim has caught yet. Of one that is caught here: who else fails like this?"""
-        id = exercise_of(item)
-        outcomes = {mistake: self.catalogue.workshop.try_out(mistake, Trial.of(item)) for mistake in self.catalogue.alive[id]}
-        for mistake, outcome in outcomes.items():
-            if outcome[0] in (FAIL, ERROR):
-                self.catalogue.alive[id].remove(mistake)
-                alike = [other.name for other in self.catalogue.mistakes[id] if self.alike(other, item, outcome)]
-                said = {"status": outcome[0], "message": outcome[1], "alike": alike}
-                self.write("killed", exercise=id, mistake=mistake.name, claim=claim_of(item), **said)
-
-    def alike(self, mistake, item, outcome):
-        return same_failure(outcome, self.catalogue.workshop.try_out(mistake, Trial.of(item)))
+        id, trial = exercise_of(item), Trial.of(item)
+        try_out = self.catalogue.workshop.try_out
+        outcomes = {mistake: try_out(mistake, trial) for mistake in self.catalogue.alive[id]}
+        caught = {mistake: outcome for mistake, outcome in outcomes.items() if outcome[0] in (FAIL, ERROR)}
+        if caught:
+            outcomes |= {mistake: try_out(mistake, trial) for mistake in self.catalogue.mistakes[id] if mistake not in outcomes}
+        for mistake, outcome in caught.items():
+            self.catalogue.alive[id].remove(mistake)
+            again = outcomes | {mistake: try_out(mistake, trial)}  # would it be recognised?
+            alike = [other.name for other in self.catalogue.mistakes[id] if same_failure(outcome, again[other])]
+            said = {"status": outcome[0], "message": outcome[1], "alike": alike}
+            self.write("killed", exercise=id, mistake=mistake.name, claim=claim_of(item), **said)
 
 
 class Catalogue:
