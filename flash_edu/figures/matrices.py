@@ -112,9 +112,9 @@ def _edges(ranges: list[Rows], length: int) -> list[int]:
     return sorted(seen | {0, length} | set(range(0, length, step)))
 
 
-def _thinned(edges: list[int]) -> list[int]:
+def _thinned(edges: list[int], most: float = 11) -> list[int]:
     """The edges with room for a number: the last, and of the others those far enough from the one before."""
-    room = edges[-1] / 11
+    room = edges[-1] / most
     kept = []
     for edge in edges[:-1]:
         if (not kept or edge - kept[-1] >= room) and edges[-1] - edge >= room:
@@ -422,7 +422,8 @@ def masks(panels: dict[str, tuple[Tensor, Trace | list[tuple[Rows, Rows]]]], *, 
                 at = ((k0 + k1) / 2, (q0 + q1) / 2)
                 ax.text(*at, number, ha="center", va="center", fontsize=9, path_effects=_HALO, gid="visit")
         edges = [_edges([tile[axis] for tile in walk], length) for axis, length in ((0, rows), (1, cols))]
-        ax.set(yticks=_thinned(edges[0]), xticks=_thinned(edges[1]), aspect="equal", xlabel="key")
+        room = 11 * 4 / (len(panels) * len(str(cols)))  # numbers of some digits, in a part of the width
+        ax.set(yticks=_thinned(edges[0]), xticks=_thinned(edges[1], most=min(11, room)), aspect="equal", xlabel="key")
         ax.set_title(name, fontsize=9.5)
         no_frame(ax)
     fig.axes[0].set_ylabel("query")

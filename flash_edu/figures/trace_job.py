@@ -20,7 +20,7 @@ def _forward(job: dict) -> Trace:
     q, k, v = job["tensors"].values()
     with interpreted_tiles(*job["tile"]):
         return trace_triton(
-            lambda: flash_edu.flash_attention(q, k, v, causal=job["causal"], backend="triton"), job["tensors"]
+            lambda: flash_edu.flash_attention(q, k, v, **job["rules"], backend="triton"), job["tensors"]
         )
 
 

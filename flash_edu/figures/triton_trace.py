@@ -172,6 +172,7 @@ def trace_forward(
     nk: int,
     *,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     heads: int = 1,
     kv_heads: int | None = None,
     d: int = 16,
@@ -180,8 +181,8 @@ def trace_forward(
 ) -> Trace:
     """flash_edu's own forward kernel on random input, with tiles of block_q queries and block_k keys."""
     q, k, v = _random_inputs(nq, nk, heads, kv_heads, d)
-    tensors = {"q": q, "k": k, "v": v}
-    return _run({"run": "forward", "tensors": tensors, "causal": causal, "tile": (block_q, block_k)})
+    job = {"run": "forward", "tensors": {"q": q, "k": k, "v": v}, "tile": (block_q, block_k)}
+    return _run(job | {"rules": {"causal": causal, "window": window}})
 
 
 def trace_backward(

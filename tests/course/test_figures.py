@@ -371,6 +371,20 @@ def test_the_packages_forward_visits_each_live_tile_once(nq, nk, causal):
         assert walk == sorted(walk)
 
 
+def test_a_window_of_the_packages_forward_loads_no_tile_outside():
+    trace = trace_forward(100, 100, causal=True, window=(20, 0), block_q=16, block_k=16)
+    live = {(i // 16, j // 16) for i in range(100) for j in range(max(0, i - 20), i + 1)}
+    assert sorted((q // 16, k // 16) for (q, _), (k, _) in trace.tiles()) == sorted(live)
+
+
+def test_numbers_below_narrow_masks_have_room():
+    mask, tiles = torch.ones(512, 512, dtype=torch.bool), [((q, q + 64), (k, k + 64)) for q in range(0, 512, 64) for k in range(0, 512, 64)]
+    for count, most in ((1, 9), (3, 5)):
+        fig = masks({str(n): (mask, tiles) for n in range(count)})
+        ticks = fig.axes[0].get_xticks()
+        assert 3 <= len(ticks) <= most and ticks[0] == 0 and ticks[-1] == 512
+
+
 @pytest.mark.parametrize("nq, nk", [(64, 64), (33, 50)])
 def test_the_packages_backward_visits_each_live_tile_once_a_pass(nq, nk):
     trace = trace_backward(nq, nk, causal=True, heads=2, kv_heads=1)
