@@ -40,7 +40,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, *, scale: fl
 
         S_ij = scale * Q_i K_j for a real key j, -inf for padding;   O = softmax(S) V
 
-    A text without a real key gives zeros. K and V of padding may hold anything, NaN and infinity too.
+    A text without a real key gives zeros. K and V of padding may hold anything, NaN and infinity too. Any float dtype.
     scale: None means 1 / sqrt(D).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -63,7 +63,7 @@ def window_tiles(
     left, right: 0 or more; None is no limit. Causal is right = 0. If no query sees a key, the range is empty.
     """
     offset = nk - nq
-    # your code here (about 6 lines)
+    # your code here (about 5 lines)
     raise NotImplementedError("10.3 window_tiles is not written yet")
     # end of your code
 

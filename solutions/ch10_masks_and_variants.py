@@ -41,7 +41,7 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, *, scale: fl
 
         S_ij = scale * Q_i K_j for a real key j, -inf for padding;   O = softmax(S) V
 
-    A text without a real key gives zeros. K and V of padding may hold anything, NaN and infinity too.
+    A text without a real key gives zeros. K and V of padding may hold anything, NaN and infinity too. Any float dtype.
     scale: None means 1 / sqrt(D).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -68,10 +68,9 @@ def window_tiles(
     left, right: 0 or more; None is no limit. Causal is right = 0. If no query sees a key, the range is empty.
     """
     offset = nk - nq
-    # your code here (about 6 lines)
-    last_q = min(start_q + block_q, nq) - 1  # the last query that exists
+    # your code here (about 5 lines)
     low = 0 if left is None else max(0, start_q + offset - left)  # first key of the first query
-    high = nk if right is None else min(nk, last_q + offset + right + 1)  # one past the last key of the last
+    high = nk if right is None else min(nk, start_q + block_q + offset + right)  # one past the last key of the last
     if low >= high:
         return range(0)
     return range(low // block_k, (high - 1) // block_k + 1)

@@ -77,7 +77,7 @@ def assert_padded(answer, case, real, look, scale=None, planted=None):
                 out[b] = s.softmax(-1) @ v[b][:, real[b]].to(dtype)
         return out
 
-    near("O", got, alone(torch.float64), alone(torch.float32), look)
+    near("O", got, alone(torch.float64), alone(q.dtype), look)
 
 
 @pytest.mark.exercise("10.2")
@@ -117,6 +117,15 @@ def test_padding_holds_anything(answer):
     for planted in (float("nan"), float("inf"), float("-inf"), 3e38):
         case, real = padded([4, 0, 7], 5)
         assert_padded(answer, case, real, f"Padding holds {planted}. 0 * NaN is NaN: hide the values too.", None, planted)
+
+
+@pytest.mark.exercise("10.2")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_padding_in_halves(answer, dtype):
+    """in half precision too: what hides a score must exist in its dtype"""
+    for seed, hot in enumerate((0.1, 1.0, 30.0)):
+        look = f"Inputs in {str(dtype)[6:]}, scores up to about {30 * hot:.0f}. Hide with -inf: every float dtype has it."
+        assert_padded(answer, *padded([9, 4, 0], seed, dtype, hot), look)
 
 
 # 10.3 window_tiles
